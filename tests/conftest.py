@@ -1,0 +1,154 @@
+"""Fixtures: the tool as a module, the tool as a process, the vision API on loopback, images."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOL = ROOT / "gen-captions.py"
+GUARD = ROOT / "tests" / "guard"
+KEY = "sk-test-0123456789abcdef"
+
+sys.path.insert(0, str(GUARD))
+import sitecustomize as guard  # noqa: E402  (this process too reaches nothing but loopback)
+
+sys.addaudithook(guard.refuse)
+
+
+def load_tool() -> ModuleType:
+    """Import gen-captions.py, whose name is no module name; dataclasses need it in sys.modules."""
+    spec = importlib.util.spec_from_file_location("gen_captions", TOOL)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gen_captions"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+load_tool()
+
+
+class Server:
+    """The vision API of tests/vision_server.py in a process of its own."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(ROOT / "tests" / "vision_server.py"), "--port", "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        self.url = self.process.stdout.readline().strip()
+
+    def script(self, **fields: Any) -> None:
+        """Say what the next requests meet."""
+        address = self.url.removesuffix("/v1") + "/script"
+        request = urllib.request.Request(address, json.dumps(fields).encode(), method="PUT")
+        urllib.request.urlopen(request).close()
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was seen since the script was set."""
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/stats") as response:
+            found: dict[str, Any] = json.load(response)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.terminate()
+        self.process.wait()
+        assert self.process.stdout
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def server_process() -> Iterator[Server]:
+    """One server for all tests."""
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(server_process: Server) -> Server:
+    """The server with nothing scripted and nothing counted."""
+    server_process.script()
+    return server_process
+
+
+class Tool:
+    """gen-captions.py as a process, as a user starts it."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder = folder
+        (folder / ".env").touch()  # else a developer's own, beside the script, would be read
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "PYTHONPATH": str(GUARD),
+            "OPENAI_API_KEY": KEY,
+            "OPENAI_BASE_URL": url,
+            "GETCAP_THROTTLE_BACKOFF_FACTOR": "0.1",
+            **({"SYSTEMROOT": os.environ["SYSTEMROOT"]} if os.name == "nt" else {}),
+        }
+
+    def start(self, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+        """Start it and return the running process."""
+        return subprocess.Popen(
+            [sys.executable, str(TOOL), *map(str, arguments)],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+
+    def __call__(self, *arguments: str | Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run it to its end; assert the exit code, and that the key is in no output."""
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, f"exit {process.returncode}, expected {code}\n{out}\n{err}"
+        assert KEY not in out + err
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def tool(tmp_path: Path, server: Server) -> Tool:
+    """The tool in an empty folder, pointed at the server."""
+    return Tool(tmp_path, server.url)
+
+
+ImageMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def make_image(tmp_path: Path) -> ImageMaker:
+    """Return a maker of image files below images/."""
+
+    def make(
+        name: str, size: tuple[int, int] = (64, 48), colour: str = "red", mode: str = "RGB", **options: Any
+    ) -> Path:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, size, colour).save(path, **options)
+        return path
+
+    return make
+
+
+def captions(folder: Path) -> dict[str, str]:
+    """Return the captions below a folder by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.txt"))
+    }

@@ -1,0 +1,119 @@
+"""Throttle and Pool: each job once, none early, ending in order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+import gen_captions as gc
+
+Handle = Callable[[int], Awaitable[None]]
+
+
+def pool(jobs: Iterator[int], handle: Handle, workers: int, stop: gc.Stop | None = None) -> gc.Stop:
+    """Run a pool in an event loop of its own and return its Stop."""
+
+    async def run() -> gc.Stop:
+        mine = stop or gc.Stop()
+        await gc.run_pool(jobs, handle, workers, mine)
+        return mine
+
+    return asyncio.run(run())
+
+
+def test_each_job_is_handled_once_by_a_named_worker() -> None:
+    seen: list[tuple[int, str]] = []
+
+    async def handle(job: int) -> None:
+        await asyncio.sleep(0)
+        task = asyncio.current_task()
+        assert task
+        seen.append((job, task.get_name()))
+
+    pool(iter(range(100)), handle, 12)
+    assert sorted(job for job, _ in seen) == list(range(100))
+    assert {name for _, name in seen} == {f"worker-{n:02}" for n in range(1, 13)}
+
+
+def test_no_job_is_taken_before_a_worker_is_free() -> None:
+    taken = handled = 0
+    most_ahead = 0
+
+    def jobs() -> Iterator[int]:
+        nonlocal taken, most_ahead
+        for number in range(1000):
+            taken += 1
+            most_ahead = max(most_ahead, taken - handled)
+            yield number
+
+    async def handle(_job: int) -> None:
+        nonlocal handled
+        await asyncio.sleep(0)
+        handled += 1
+
+    pool(jobs(), handle, 8)
+    assert (handled, most_ahead) == (1000, 8)
+
+
+def test_a_stop_begins_nothing_new_and_waits_for_what_is_begun() -> None:
+    begun, ended = [], []
+
+    async def handle(job: int) -> None:
+        begun.append(job)
+        if job == 3:
+            raise gc.StopRun("enough")
+        await asyncio.sleep(0.02)
+        ended.append(job)
+
+    stop = pool(iter(range(100)), handle, 4)
+    assert (begun, sorted(ended)) == ([0, 1, 2, 3], [0, 1, 2])
+    assert str(stop.cause) == "enough"
+
+
+def test_the_first_cause_of_a_stop_counts() -> None:
+    stop = gc.Stop()
+    stop.set(gc.StopRun("first"))
+    stop.set(signal.SIGINT)
+    assert str(stop.cause) == "first"
+
+
+def test_a_stop_wakes_who_sleeps() -> None:
+    async def run() -> float:
+        stop = gc.Stop()
+        started = time.monotonic()
+        asyncio.get_running_loop().call_later(0.05, stop.set, gc.StopRun("now"))
+        with pytest.raises(gc.StopRun):
+            await stop.sleep(60)
+        return time.monotonic() - started
+
+    assert asyncio.run(run()) < 5
+
+
+def test_the_throttle_spaces_requests_evenly() -> None:
+    async def run() -> list[float]:
+        throttle = gc.Throttle(100, gc.Stop())
+        turns: list[float] = []
+
+        async def take() -> None:
+            await throttle.turn()
+            turns.append(time.monotonic())
+
+        await asyncio.gather(*(take() for _ in range(21)))
+        return turns
+
+    turns = asyncio.run(run())
+    assert turns[-1] - turns[0] >= 0.19
+
+
+def test_nobody_gets_a_turn_once_the_run_ends() -> None:
+    async def run() -> None:
+        stop = gc.Stop()
+        stop.set(gc.StopRun("end"))
+        await gc.Throttle(None, stop).turn()
+
+    with pytest.raises(gc.StopRun):
+        asyncio.run(run())

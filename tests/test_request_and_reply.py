@@ -1,0 +1,436 @@
+"""Request and reply: what is asked, what an error means, what is a caption and what is none."""
+
+from __future__ import annotations
+
+import base64
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+import gen_captions as gc
+
+NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
+
+
+def judged(content: str, finish: str = "stop", refusal: str = "", reasoning: bool = False) -> str:
+    text: str = gc.judge_reply(gc.Reply(content, finish, refusal, reasoning, gc.Usage()))
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+def test_a_request_is_one_user_message_text_first_then_the_image() -> None:
+    image = base64.b64encode(b"\xff\xd8jpeg")
+    parameters = {"max_completion_tokens": 300, "reasoning_effort": "none"}
+    body = json.loads(gc.build_request("m", "Say IMAGE \u201cna\u00efve\u201d", parameters, 2, image))
+    (message,) = body.pop("messages")
+    assert body == {"model": "m", "max_completion_tokens": 600, "reasoning_effort": "none"}
+    assert message["role"] == "user"
+    text, picture = message["content"]
+    assert text == {"type": "text", "text": "Say IMAGE \u201cna\u00efve\u201d"}
+    assert picture["image_url"]["url"] == "data:image/jpeg;base64," + image.decode()
+
+
+def rejection(message: str, param: str = "", code: str = "unsupported_parameter", status: int = 400) -> gc.ErrorReply:
+    return gc.ErrorReply(status, message, code, param)
+
+
+SENT = {"max_completion_tokens": 300, "reasoning_effort": "none", "temperature": 0.5}
+TOKENS, EFFORT, TEMPERATURE = SENT
+ADAPTED = [
+    (
+        rejection("Unsupported parameter: 'max_completion_tokens'", TOKENS),
+        {"max_tokens": 300, EFFORT: "none", TEMPERATURE: 0.5},
+    ),
+    (
+        rejection(
+            "'reasoning_effort' does not support 'none'. Supported values are: 'minimal', 'low'.",
+            EFFORT,
+            "unsupported_value",
+        ),
+        {TOKENS: 300, EFFORT: "minimal", TEMPERATURE: 0.5},
+    ),
+    (rejection("Unrecognized request argument supplied: reasoning_effort", code="x"), {TOKENS: 300, TEMPERATURE: 0.5}),
+    (
+        rejection("Only the default (1) value is supported", TEMPERATURE, "unsupported_value"),
+        {TOKENS: 300, EFFORT: "none"},
+    ),
+    (rejection("body.temperature: Extra inputs are not permitted", code="", status=422), {TOKENS: 300, EFFORT: "none"}),
+    (
+        rejection(
+            "'max_completion_tokens' is too large: 300. The context length is 4096", code="invalid_request_error"
+        ),
+        None,
+    ),
+    (rejection("Unsupported parameter: 'top_p'", "top_p"), None),
+    (rejection("max_completion_tokens unsupported", status=500), None),
+]
+
+
+@pytest.mark.parametrize(("error", "expected"), ADAPTED)
+def test_a_rejected_parameter_is_changed_or_dropped(error: gc.ErrorReply, expected: dict[str, Any] | None) -> None:
+    assert gc.adapt_parameters(SENT, error) == expected
+
+
+def test_a_token_limit_rejected_under_both_names_is_dropped() -> None:
+    sent = gc.adapt_parameters({"max_completion_tokens": 9}, rejection("max_completion_tokens is not supported"))
+    assert sent == {"max_tokens": 9}
+    assert gc.adapt_parameters(sent, rejection("max_tokens is not supported")) == {}
+
+
+# -------------------------------------------------------------------------------------------------- errors
+
+SHAPES = [
+    ('{"error": {"message": "m", "type": "t", "param": "p", "code": "c"}}', "m", "c t", "p"),
+    ('{"error": "just text"}', "just text", "", ""),
+    ('[{"error": {"code": 429, "message": "m", "status": "RESOURCE_EXHAUSTED"}}]', "m", "429 RESOURCE_EXHAUSTED", ""),
+    ('{"object": "error", "message": "m", "type": "NotFoundError", "code": 404}', "m", "404 NotFoundError", ""),
+    ('{"detail": [{"loc": ["body"], "msg": "field required"}]}', "field required", "", ""),
+    ('{"detail": "Not Found"}', "Not Found", "", ""),
+    ('{"error": {"message": "Provider error", "code": 400, "metadata": {"raw": "real cause"}}}', "Provider error (real cause)", "400", ""),
+    ("<html><head><title>502 Bad Gateway</title></head><body>x</body></html>", "502 Bad Gateway", "", ""),
+    ("<h1>Down</h1> for   now", "Down for now", "", ""),
+    ("upstream connect error", "upstream connect error", "", ""),
+    ('{"error": {"code": "overloaded"}}', "overloaded", "overloaded", ""),
+    ("", "an error without a message", "", ""),
+    ("null", "an error without a message", "", ""),
+    ('{"error": {"message": null, "code": null}}', "an error without a message", "", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message", "code", "param"), SHAPES)
+def test_an_error_text_is_found_in_every_shape(text: str, message: str, code: str, param: str) -> None:
+    assert gc.parse_error(400, text) == gc.ErrorReply(400, message, code, param)
+
+
+STOP, FAIL, AGAIN = gc.StopRun, gc.FailImage, gc.TryAgain
+MEANINGS = [
+    (400, "unsupported_value", "top_k", STOP, ""),
+    (400, "invalid_value", "30001 patches after processing", FAIL, "image too large"),
+    (400, "image_parse_error", "You uploaded an unsupported image", FAIL, "HTTP 400"),
+    (400, "", "bad request", FAIL, "HTTP 400"),
+    (400, "content_policy_violation", "no", FAIL, "refused"),
+    (400, "invalid_prompt", "no", FAIL, "refused"),
+    (400, "", "foo/bar is not a valid model ID", STOP, ""),
+    (400, "", "llava-text is not a multimodal model", STOP, ""),
+    (400, "billing_hard_limit_reached", "no", STOP, ""),
+    (401, "invalid_api_key", "no", STOP, "OPENAI_API_KEY"),
+    (402, "", "no credits", STOP, "credit"),
+    (403, "", "country not supported", STOP, ""),
+    (403, "", "Your input was flagged by moderation", FAIL, "refused"),
+    (404, "model_not_found", "no", STOP, "GETCAP_MODEL"),
+    (404, "", "No endpoints found that support image input", STOP, "vision model"),
+    (408, "", "", AGAIN, "HTTP 408"),
+    (409, "", "", AGAIN, "HTTP 409"),
+    (413, "", "too big", FAIL, "HTTP 413"),
+    (422, "", "no", FAIL, "HTTP 422"),
+    (429, "rate_limit_exceeded", "slow", AGAIN, "HTTP 429"),
+    (429, "RESOURCE_EXHAUSTED", "You exceeded your current quota, please check your billing details", AGAIN, "HTTP 429"),
+    (429, "resource_unavailable", "flex", AGAIN, "HTTP 429"),
+    (429, "insufficient_quota", "no", STOP, "money"),
+    (429, "credit_balance_exhausted", "no", STOP, "money"),
+    (429, "project_spend_limit_exceeded", "no", STOP, "money"),
+    (429, "organization_usage_limit_exceeded", "no", STOP, "money"),
+    (429, "", "exceeds the maximum usage size", FAIL, "image too large"),
+    (429, "", "Request too large for gpt", FAIL, "image too large"),
+    (500, "", "boom", AGAIN, "HTTP 500"),
+    (500, "", "image input is not supported - hint: you may need to provide the mmproj", STOP, "vision model"),
+    (502, "", "", AGAIN, "HTTP 502"),
+    (503, "", "", AGAIN, "HTTP 503"),
+    (504, "", "", AGAIN, "HTTP 504"),
+    (524, "", "", AGAIN, "HTTP 524"),
+    (0, "", "no answer within 120 s", AGAIN, "no answer"),
+    (0, "unreachable", "cannot connect", AGAIN, "no answer"),
+    (200, "web_page", "a web page", FAIL, "web page"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "code", "message", "kind", "word"), MEANINGS)
+def test_an_error_means_stop_fail_or_again(status: int, code: str, message: str, kind: type, word: str) -> None:
+    outcome = gc.judge_error(gc.ErrorReply(status, message, code), NOW, first=False)
+    assert type(outcome) is kind
+    assert word in str(outcome)
+    assert message in str(outcome)
+
+
+@pytest.mark.parametrize("code", ["unreachable", "web_page"])
+def test_what_is_wrong_with_the_address_stops_the_run_when_it_is_the_first_answer(code: str) -> None:
+    assert isinstance(gc.judge_error(gc.ErrorReply(0, "x", code), NOW, first=True), gc.StopRun)
+
+
+def test_a_wait_of_more_than_ten_minutes_stops_the_run_and_says_until_when() -> None:
+    assert isinstance(gc.judge_error(gc.ErrorReply(429, "x", "", "", 600), NOW, first=False), gc.TryAgain)
+    later = gc.judge_error(gc.ErrorReply(429, "x", "", "", 7200), NOW, first=False)
+    assert isinstance(later, gc.StopRun)
+    assert f"{NOW.replace(hour=14).astimezone():%d %B %H:%M}" in str(later)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, 0),
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
+        ({"retry-after": "Mon, 23 Nov 2026 12:01:30 GMT"}, 90),
+        ({"retry-after": "Mon, 23 Nov 2026 11:00:00 GMT"}, 0),
+        ({"retry-after": "soon"}, 0),
+        ({"retry-after": "-5"}, 0),
+        ({"retry-after": "nan"}, 0),
+    ],
+)
+def test_retry_after_is_read_in_every_form(headers: dict[str, str], seconds: float) -> None:
+    assert gc.parse_retry_after(headers, NOW) == seconds
+
+
+@pytest.mark.parametrize(
+    ("attempt", "factor", "asked", "jitter", "expected"),
+    [
+        (1, 2, 0, 1, 2),
+        (3, 2, 0, 1, 8),
+        (3, 2, 0, 0, 4),
+        (10, 2, 0, 1, 60),
+        (100, 60, 0, 1, 60),
+        (1, 2, 30, 0, 30),
+        (1, 2, 300, 1, 301),
+        (5, 2, 1, 1, 32),
+    ],
+)
+def test_waits_grow_to_a_minute_unless_the_server_asks_for_more(
+    attempt: int, factor: float, asked: float, jitter: float, expected: float
+) -> None:
+    assert gc.backoff_s(attempt, factor, asked, jitter) == expected
+
+
+# ------------------------------------------------------------------------------------------------- replies
+
+
+def reply(message: dict[str, Any], **choice: Any) -> str:
+    return json.dumps({"choices": [{"message": message, "finish_reason": "stop", **choice}], "usage": None})
+
+
+def test_an_answer_is_read_with_its_tokens() -> None:
+    usage = {"prompt_tokens": 5, "completion_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 2}}
+    text = json.dumps({"choices": [{"message": {"content": "A cat."}, "finish_reason": "stop"}], "usage": usage})
+    assert gc.parse_reply(text) == gc.Reply("A cat.", "stop", "", True, gc.Usage(5, 3))
+
+
+@pytest.mark.parametrize("parts", [[{"type": "text", "text": "A "}, {"type": "text", "text": "cat."}]])
+def test_an_answer_in_parts_is_joined(parts: list[dict[str, str]]) -> None:
+    answer = gc.parse_reply(reply({"content": parts}, finish_reason=None))
+    assert (answer.content, answer.finish_reason) == ("A cat.", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"choices": [', "null", "[]", '"text"', "{}", '{"choices": []}', '{"choices": [{}]}', '{"choices": [null]}', '{"choices": null}'],
+)  # fmt: skip
+def test_an_answer_that_is_cut_or_has_no_choices_is_asked_again(text: str) -> None:
+    with pytest.raises(gc.TryAgain):
+        gc.parse_reply(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ('{"error": {"message": "m", "code": 502}}', 502),
+        ('{"error": {"message": "m", "code": 401}}', 401),
+        ('{"error": "m"}', 500),
+        ('[{"error": {"message": "m", "code": 429}}]', 429),
+        ('{"error": {"message": "m", "code": "server_error"}, "choices": null}', 500),
+        ('{"choices": [{"error": {"message": "m", "code": 502}, "message": {"content": "half"}}]}', 502),
+    ],
+)
+def test_an_error_under_http_200_keeps_its_own_status(text: str, status: int) -> None:
+    answer = gc.parse_reply(text)
+    assert isinstance(answer, gc.ErrorReply)
+    assert (answer.status, answer.message) == (status, "m")
+
+
+@pytest.mark.parametrize("text", ["<!DOCTYPE html><title>Hi</title>", "\n<html>", "<?xml version='1.0'?>"])
+def test_a_web_page_is_an_error(text: str) -> None:
+    answer = gc.parse_reply(text)
+    assert isinstance(answer, gc.ErrorReply)
+    assert answer.code == "web_page"
+
+
+# ------------------------------------------------------------------------------------------------ the gate
+
+A = "A woman in a red coat stands at a bus stop."
+HONEST = [
+    A,
+    'A shop window with a sign that reads "SORRY, WE\'RE CLOSED" above a brown door.',
+    '"I\'m sorry" is written in icing on a round cake.',
+    '"OPEN" glows in red neon beside a door marked "EXIT"',
+    "Sorry! board game box on a wooden table, its lid half open.",
+    "A greeting card on a desk says I can't wait to see you.",
+    "A t-shirt with the text 5 * 3 = 15 and a star * below it.",
+    'A poster that reads "*SALE*" in yellow letters.',
+    'A cap with the slogan "F**K IT" and "S**T" in white.',
+    "A terminal window with snake_case names and __init__.py in a file list.",
+    "Error message on a blue laptop screen, photographed from above.",
+    "Error 404 page on a monitor.",
+    "Caption contest winner holding a trophy.",
+    "Description of a plant on a museum label, close-up.",
+    "'Tis the season, written on a mug.",
+    "Here is where the road ends: a gravel turnaround by a lake.",
+    "A chalkboard that lists 1. soup 2. bread 3. pie.",
+    "3. Bezirk street sign in Vienna.",
+    "1 red apple, 2 green apples, 1 red apple on a white plate.",
+    "A crowd of people, people on balconies, people in windows.",
+    "ha ha ha written in a speech bubble.",
+    "Ein Mann kann nicht schwimmen, steht auf einem Schild.",
+    "一只黑猫坐在窗台上，窗外下着雨。",
+    "Please do not feed the ducks, says a sign by the pond.",
+    "No image of the king hangs on the bare wall.",
+    "It looks like a painted backdrop, with a man seated before it.",
+    "A cat <3 a dog, drawn in chalk.",
+    "An ai-generated looking robot portrait.",
+    "As an airplane lands, two men watch from a fence.",
+    "Unfortunately placed sign in front of a statue.",
+    "We can see a bridge over a river.",
+    "I ♥ NY printed on a white shirt.",
+    "Http spelled out in balloon letters.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HONEST)
+def test_an_honest_caption_is_left_alone(text: str) -> None:
+    assert judged(text) == text
+
+
+CLEANED = [
+    (f"  {A}\n", A),
+    (f'"{A}"', A),
+    (f"“{A}”", A),
+    (f"'{A}'", A),
+    ("'A man's hat on a peg.'", "A man's hat on a peg."),
+    ('"A sign reads "OPEN" on a door"', 'A sign reads "OPEN" on a door'),
+    (f"```\n{A}\n```", A),
+    (f"```text\n{A}\n```", A),
+    (f"`{A}`", A),
+    (f"Here is a caption: {A}", A),
+    (f"Here's a detailed caption for the image:\n\n{A}", A),
+    (f"Sure! Here is the caption you asked for:\n{A}", A),
+    (f"Caption: {A}", A),
+    (f"**Caption:** {A}", A),
+    (f'Caption: "{A}"', A),
+    (f"## Caption\n{A}", A),
+    (f"Image description: {A}", A),
+    ("A **red** car beside a *blue* house.", "A red car beside a blue house."),
+    ("A __red__ car.", "A red car."),
+    ("# A red car\n\nbeside a house", "A red car beside a house"),
+    ("- a red car\n- a blue house", "a red car a blue house"),
+    ("A red car.\n\nA blue house.\u2028A tree.", "A red car. A blue house. A tree."),
+    ("A red car.\r\n\tA house.", "A red car. A house."),
+    (f"<think>The user wants a caption.</think>\n\n{A}", A),
+    (f"<thinking>one</thinking><think>two</think>{A}", A),
+    (f"I should describe this.\n</think>\n\n{A}", A),
+    (f"◁think▷hm◁/think▷{A}", A),
+    (f"<|begin_of_box|>{A}<|end_of_box|>", A),
+    (f"{A}<|im_end|>", A),
+    (f"{A}</s>", A),
+    (f"\ufeff{A}\x00", A),
+    ("A caf\u00e9 sign \ud83d here.", "A café sign here."),
+    (f"{A}\n\nLet me know if you would like changes!", A),
+]
+
+
+@pytest.mark.parametrize(("answer", "caption"), CLEANED)
+def test_what_is_around_a_caption_is_taken_off(answer: str, caption: str) -> None:
+    assert judged(answer) == caption
+
+
+@pytest.mark.parametrize(("answer", "caption"), CLEANED)
+def test_cleaning_twice_is_cleaning_once(answer: str, caption: str) -> None:
+    assert gc.clean_caption(caption) == caption
+    assert gc.clean_caption(gc.clean_caption(answer)) == caption
+
+
+REFUSED = [
+    "I'm sorry, but I can't help with that.",
+    "I’m sorry, I can’t assist with this request.",
+    "I am very sorry, this is not possible.",
+    "Sorry, I can't describe this image.",
+    "Sorry, but I cannot assist.",
+    "I can't help with that.",
+    "I cannot identify people in images.",
+    "I can not do that.",
+    "I'm unable to help with this image.",
+    "I'm not able to describe this.",
+    "I won't describe this.",
+    "Unfortunately, I can't view images.",
+    "Unfortunately I am unable to process it.",
+    "I apologize, but I cannot.",
+    "My apologies, this is beyond me.",
+    "As an AI language model, I cannot see.",
+    "As a language model I do not see.",
+    "I don't see an image.",
+    "Please provide the image you'd like me to caption.",
+    "No image was provided.",
+    "It seems that no image was attached.",
+    "It looks like the image wasn't uploaded.",
+    "\"I'm sorry, but I can't help with that.\"",
+    "Es tut mir leid, aber dabei kann ich nicht helfen.",
+    "Ich kann dieses Bild leider nicht beschreiben.",
+    "Je suis désolé, mais je ne peux pas vous aider.",
+    "Désolé, je ne peux pas.",
+    "Lo siento, no puedo ayudar con eso.",
+    "No puedo describir esta imagen.",
+    "Sinto muito, mas não posso ajudar.",
+    "Desculpe, não posso ajudar com isso.",
+    "Mi dispiace, non posso aiutarti.",
+    "Het spijt me, daar kan ik niet mee helpen.",
+    "Przykro mi, nie mogę pomóc.",
+    "Üzgünüm, bu konuda yardımcı olamam.",
+    "Извините, я не могу помочь с этим.",
+    "К сожалению, я не могу описать это изображение.",
+    "很抱歉，我无法协助处理此请求。",
+    "抱歉，我不能描述这张图片。",
+    "我无法识别图中的人物。",
+    "申し訳ありませんが、お手伝いできません。",
+    "すみませんが、対応できません。",
+    "죄송하지만 도와드릴 수 없습니다.",
+    "<think>This is not allowed.</think>I'm sorry, but I can't help with that.",
+]
+
+
+@pytest.mark.parametrize("answer", REFUSED)
+def test_a_refusal_is_no_caption(answer: str) -> None:
+    with pytest.raises(gc.FailImage) as failure:
+        judged(answer)
+    assert failure.value.reason == "refused"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"content": "", "refusal": "I cannot."}, "refused"),
+        ({"content": "A cat", "finish": "content_filter"}, "refused"),
+        ({"content": ""}, "empty"),
+        ({"content": " \n "}, "empty"),
+        ({"content": "..."}, "empty"),
+        ({"content": "", "reasoning": True}, "reasoning only"),
+        ({"content": "<think>Let me look at"}, "reasoning only"),
+        ({"content": "<think>all of it</think>"}, "reasoning only"),
+        ({"content": "A cat sits on", "finish": "length"}, "cut off"),
+        ({"content": "", "finish": "length", "reasoning": True}, "cut off"),
+        ({"content": "A red car on a road, " + "a red car, " * 40}, "looping"),
+        ({"content": "A cat. " + "It sits on a mat near the door. " * 3}, "looping"),
+        ({"content": "red " * 30, "finish": "length"}, "looping"),
+        ({"content": "A hall. " + "the light, the floor, " * 50 + "the li", "finish": "length"}, "cut off"),
+        ({"content": "Error: rate limit exceeded"}, "error text"),
+        ({"content": "RateLimitError: too many requests"}, "error text"),
+        ({"content": '{"error": {"message": "no"}}'}, "error text"),
+        ({"content": "HTTP 500 Internal Server Error"}, "error text"),
+        ({"content": "Traceback (most recent call last):"}, "error text"),
+        ({"content": "<!DOCTYPE html><html><body>Hi</body></html>"}, "error text"),
+    ],
+)
+def test_what_is_no_caption_is_a_named_failure(answer: dict[str, Any], reason: str) -> None:
+    with pytest.raises(gc.FailImage) as failure:
+        judged(**answer)
+    assert failure.value.reason == reason

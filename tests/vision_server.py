@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""A vision API on loopback: a real HTTP server that speaks OpenAI's chat completions.
+
+    python tests/vision_server.py --port 8008
+
+It looks at every image it gets (that it decodes, that its type is the one named, how large it is) and answers with a
+stand-in: a sentence about the image's size and main colour, no caption. Tests and benchmarks drive it by flags, or
+while it runs by requests to two addresses of its own:
+
+    PUT /script   what the next requests meet; starts the counts anew (see Script)
+    GET /stats    what was seen so far (see Stats)
+
+A step of the script is a JSON object; all its keys are optional:
+
+    status, headers, body       answer with these; a body that is no text is sent as JSON
+    content, finish_reason, message, usage   change these parts of an ordinary answer
+    fault                       reset | slow | cut | hang | no choices | html, in place of an answer
+    latency                     seconds before the answer
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import itertools
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from aiohttp import web
+from PIL import Image
+
+FAULTS = ("429", "500", "503", "reset", "slow", "cut", "no choices")
+COLOURS = {
+    "black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128), "red": (200, 40, 40),
+    "green": (40, 160, 40), "blue": (40, 60, 200), "yellow": (220, 210, 50), "brown": (130, 90, 50),
+}  # fmt: skip
+
+
+@dataclass
+class Script:
+    """What the server does; every field can be set by PUT /script."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)  # one for each of the next requests, in turn
+    then: dict[str, Any] = field(default_factory=dict)  # for every request after them
+    latency: float = 0.0  # seconds before each answer
+    faults: float = 0.0  # share of requests that meet one of FAULTS, the same ones each time
+    key: str = ""  # the only key that is let in
+    rejects: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # parameter: the body of a 400 for requests with it
+    model: str = ""  # the only model there is
+    requests_per_minute: float = 0.0  # the x-ratelimit headers tell; over it there is a 429 with Retry-After
+    check: bool = True  # whether images are decoded
+
+
+@dataclass
+class Stats:
+    """What was seen: GET /stats."""
+
+    requests: int = 0
+    in_flight: int = 0
+    peak_in_flight: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)  # what was wrong with requests
+    images: list[list[Any]] = field(default_factory=list)  # format, width, height, bytes of the last 1,000
+    bodies: list[dict[str, Any]] = field(default_factory=list)  # the last 100 bodies, images left out
+    arrivals: list[float] = field(default_factory=list)  # seconds since the script was set
+
+
+class Bucket:
+    """A rate limit as OpenAI keeps it: refilled steadily, a minute's worth at most."""
+
+    def __init__(self, per_minute: float) -> None:
+        self.per_minute = per_minute
+        self.left = per_minute / 60  # one second's worth: the limit shows from the start
+        self.at = time.monotonic()
+
+    def take(self) -> float:
+        """Take one request; return 0, or the seconds until there is one."""
+        now = time.monotonic()
+        self.left = min(self.per_minute, self.left + (now - self.at) * self.per_minute / 60)
+        self.at = now
+        if self.left < 1:
+            return (1 - self.left) * 60 / self.per_minute
+        self.left -= 1
+        return 0.0
+
+    def headers(self) -> dict[str, str]:
+        """Return the x-ratelimit headers."""
+        reset_ms = (self.per_minute - self.left) * 60_000 / self.per_minute
+        return {
+            "x-ratelimit-limit-requests": f"{self.per_minute:.0f}",
+            "x-ratelimit-remaining-requests": f"{int(self.left)}",
+            "x-ratelimit-reset-requests": f"{reset_ms:.0f}ms",
+        }
+
+
+def describe(image: Image.Image) -> str:
+    """Return the stand-in for a caption."""
+    pixel = image.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    assert isinstance(pixel, tuple)
+    name = min(COLOURS, key=lambda name: sum((a - b) ** 2 for a, b in zip(pixel, COLOURS[name], strict=True)))
+    return f"Stand-in for a caption: a mostly {name} picture, {image.width} by {image.height} pixels."
+
+
+def look_at(url: str) -> tuple[list[Any], str]:
+    """Return what a data URL holds (format, width, height, bytes) and the stand-in; ValueError when it is no image."""
+    head, _, data = url.partition(",")
+    raw = base64.b64decode(data, validate=True)
+    image = Image.open(io.BytesIO(raw))
+    image.load()
+    if head != f"data:image/{str(image.format).lower()};base64":
+        raise ValueError(f"{head} holds a {image.format}")
+    return [image.format, image.width, image.height, len(raw)], describe(image)
+
+
+def find_image(body: dict[str, Any]) -> str:
+    """Return the data URL of a request, blank when it has none."""
+    parts = [part for message in body.get("messages", []) for part in message["content"] if isinstance(part, dict)]
+    return next((str(part["image_url"]["url"]) for part in parts if part.get("type") == "image_url"), "")
+
+
+class VisionServer:
+    """The server's state and handlers."""
+
+    def __init__(self, script: Script) -> None:
+        self.use(script)
+
+    def use(self, script: Script) -> None:
+        """Follow a new script from its start, with all counts at zero."""
+        self.script = script
+        self.stats = Stats()
+        self.steps = iter(script.steps)
+        self.random = random.Random(7)
+        self.bucket = Bucket(script.requests_per_minute) if script.requests_per_minute else None
+        self.fault_kinds = itertools.cycle(FAULTS)
+        self.started = time.monotonic()
+
+    async def set_script(self, request: web.Request) -> web.Response:
+        """PUT /script."""
+        self.use(Script(**await request.json()))
+        return web.json_response({})
+
+    async def get_stats(self, _request: web.Request) -> web.Response:
+        """GET /stats."""
+        return web.json_response(asdict(self.stats))
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions."""
+        stats = self.stats
+        stats.requests += 1
+        stats.arrivals.append(round(time.monotonic() - self.started, 4))
+        stats.in_flight += 1
+        stats.peak_in_flight = max(stats.peak_in_flight, stats.in_flight)
+        try:
+            response = await self.answer(request)
+            status = str(response.status)
+            stats.statuses[status] = stats.statuses.get(status, 0) + 1
+            return response
+        finally:
+            stats.in_flight -= 1
+
+    def next_step(self) -> dict[str, Any]:
+        """Return what this request meets."""
+        step = next(self.steps, self.script.then)
+        if not step and self.random.random() < self.script.faults:
+            kind = next(self.fault_kinds)
+            return (
+                {"status": int(kind), "body": {"error": {"message": "at random"}}}
+                if kind.isdigit()
+                else {"fault": kind}
+            )
+        return step
+
+    def refuse(self, request: web.Request, body: dict[str, Any]) -> web.Response | None:
+        """Return the error of a request that the script does not let in."""
+        script = self.script
+        if script.key and request.headers.get("Authorization") != f"Bearer {script.key}":
+            error = {
+                "message": "Incorrect API key provided: " + request.headers["Authorization"][7:],
+                "code": "invalid_api_key",
+            }
+            return web.json_response({"error": error}, status=401)
+        if script.model and body.get("model") != script.model:
+            message = f"The model `{body.get('model')}` does not exist or you do not have access to it."
+            return web.json_response({"error": {"message": message, "code": "model_not_found"}}, status=404)
+        for parameter, error_body in script.rejects.items():
+            if parameter in body and error_body.get("only", body[parameter]) == body[parameter]:
+                return web.json_response(error_body, status=400)
+        wait_s = self.bucket.take() if self.bucket else 0.0
+        if wait_s and self.bucket:
+            headers = {**self.bucket.headers(), "Retry-After": f"{wait_s:.3f}"}
+            error = {"message": "Rate limit reached", "code": "rate_limit_exceeded"}
+            return web.json_response({"error": error}, status=429, headers=headers)
+        return None
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        """Return what the script, or else the image, asks for."""
+        body = json.loads(await request.read())
+        if refused := self.refuse(request, body):
+            return refused
+        url = find_image(body)
+        self.note(body)
+        step = self.next_step()
+        await asyncio.sleep(step.get("latency", self.script.latency))
+        if "fault" in step:
+            return await self.fail(request, step["fault"])
+        if "status" in step or "body" in step:
+            text = step.get("body", "")
+            text = text if isinstance(text, str) else json.dumps(text)
+            return web.Response(status=step.get("status", 200), text=text, headers=step.get("headers"))
+        content = "Stand-in for a caption."
+        if self.script.check:
+            try:
+                seen, content = await asyncio.to_thread(look_at, url)
+                self.stats.images = [*self.stats.images[-999:], seen]
+            except Exception as error:  # whatever a broken image leads to is what we want to know
+                self.stats.wrong.append(f"{type(error).__name__}: {error}")
+        headers = self.bucket.headers() if self.bucket else {}
+        return web.json_response(self.completion(body, content, step), headers=headers)
+
+    def note(self, body: dict[str, Any]) -> None:
+        """Keep a body for those who ask, its image left out."""
+        for message in body["messages"]:
+            message["content"] = [part for part in message["content"] if part.get("type") != "image_url"]
+        self.stats.bodies = [*self.stats.bodies[-99:], body]
+
+    def completion(self, body: dict[str, Any], content: str, step: dict[str, Any]) -> dict[str, Any]:
+        """Return an ordinary answer, changed by the step."""
+        message = {"role": "assistant", "content": step.get("content", content), **step.get("message", {})}
+        usage = {"prompt_tokens": 1200, "completion_tokens": 20, "total_tokens": 1220}
+        return {
+            "id": f"chatcmpl-{self.stats.requests}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": body.get("model"),
+            "choices": [{"index": 0, "message": message, "finish_reason": step.get("finish_reason", "stop")}],
+            "usage": step.get("usage", usage),
+        }
+
+    async def fail(self, request: web.Request, fault: str) -> web.StreamResponse:
+        """Break off in one of the ways that servers do."""
+        whole = json.dumps(self.completion({}, "cut", {})).encode()
+        if fault in {"no choices", "html"}:
+            text = '{"choices": []}' if fault == "no choices" else "<!DOCTYPE html><title>Welcome</title><p>Portal"
+            return web.Response(text=text, content_type="application/json" if fault == "no choices" else "text/html")
+        if fault == "cut":
+            return web.Response(body=whole[: len(whole) // 2], content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        if fault == "slow":
+            await response.prepare(request)
+            for byte in whole:
+                await response.write(bytes([byte]))
+                await asyncio.sleep(0.05)
+        elif fault == "hang":
+            await asyncio.sleep(3600)
+        elif request.transport:  # reset
+            request.transport.abort()
+        return response
+
+
+def build_app(script: Script) -> web.Application:
+    """Return the application."""
+    server = VisionServer(script)
+    app = web.Application(client_max_size=1 << 30)
+    app.router.add_post("/v1/chat/completions", server.complete)
+    app.router.add_put("/script", server.set_script)
+    app.router.add_get("/stats", server.get_stats)
+    return app
+
+
+async def serve(app: web.Application, port: int) -> None:
+    """Serve on loopback until the process ends; the first line on stdout is the base URL."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port, backlog=1024)
+    await site.start()
+    print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
+    await asyncio.Event().wait()
+
+
+def main() -> int:
+    """Run the server by itself."""
+    parser = argparse.ArgumentParser(description="a vision API on loopback, for trying and testing; see the docstring")
+    parser.add_argument("--port", type=int, default=8008, help="0: any free one; the first line printed tells")
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds before each answer")
+    parser.add_argument("--faults", type=float, default=0.0, help="share of requests that fail in one of many ways")
+    parser.add_argument("--requests-per-minute", type=float, default=0.0, help="rate limit; 0: none")
+    arguments = parser.parse_args()
+    script = Script(
+        latency=arguments.latency, faults=arguments.faults, requests_per_minute=arguments.requests_per_minute
+    )
+    try:
+        asyncio.run(serve(build_app(script), arguments.port))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
