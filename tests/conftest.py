@@ -37,7 +37,7 @@ def load_tool() -> ModuleType:
     return module
 
 
-load_tool()
+load_tool().load_pillow()
 
 
 class Server:

@@ -179,7 +179,6 @@ def test_a_bad_file_is_a_named_failure(reason: str, data: bytes) -> None:
 
 
 def test_a_bomb_takes_no_memory() -> None:
-    gc.load_pillow()
     tracemalloc.start()
     with pytest.raises(gc.FailImage):
         gc.prepare_image(png_claiming(13_000, 13_000), 1024)
@@ -189,7 +188,6 @@ def test_a_bomb_takes_no_memory() -> None:
 
 
 def test_heic_says_what_to_install_or_works() -> None:
-    gc.load_pillow()
     with pytest.raises(gc.FailImage) as failure:
         gc.prepare_image(HEIC, 1024)
     installed = "HEIF" in Image.OPEN
@@ -201,7 +199,6 @@ def test_heic_works_when_pillow_heif_is_there() -> None:
     heif = pytest.importorskip("pillow_heif")
     output = io.BytesIO()
     heif.from_pillow(picture((640, 480))).save(output)
-    gc.load_pillow()
     image = sent(output.getvalue())
     assert image.size == (640, 480)
     assert near(image.getpixel((5, 200)), RED)

@@ -118,6 +118,7 @@ def test_links_to_other_folders_and_to_images_are_followed(tmp_path: Path) -> No
 def test_what_looks_like_an_image_and_is_no_file_is_a_named_failure(tmp_path: Path) -> None:
     (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "self").symlink_to("self")
     os.mkfifo(tmp_path / "pipe.png")
     failed = [item for item in plan(tmp_path) if isinstance(item, gc.Failed)]
     assert [(os.path.basename(item.path), item.reason) for item in failed] == [

@@ -66,7 +66,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize(("variable", "value", "allowed"), BAD_VALUES)
 def test_a_bad_value_names_setting_value_and_what_is_allowed(variable: str, value: str, allowed: str) -> None:
     with pytest.raises(gc.SettingsError) as error:
-        resolve(**{variable: value})
+        gc.resolve_settings({"verbose": False, "quiet": False}, {variable: value}, {})
     assert all(part in str(error.value) for part in (variable, value, allowed))
 
 
@@ -196,4 +196,4 @@ def test_usage_errors_and_help_do_not_wait_for_heavy_imports(tool: Tool) -> None
     for arguments, code in ((["--help"], 0), (["-V"], 0), (["--timeout", "x"], 2), (["--fix-encoding"], 2)):
         process = tool(*arguments, code=code, PYTHONPROFILEIMPORTTIME="1")
         imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time" in line}
-        assert imported.isdisjoint({"openai", "httpx2", "PIL", "tenacity", "aiofiles", "tqdm", "dotenv"})
+        assert imported.isdisjoint({"openai", "httpx2", "PIL", "tenacity", "aiofiles", "tqdm"})

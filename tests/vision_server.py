@@ -2,8 +2,9 @@
 """A vision API on loopback: a real HTTP server that speaks OpenAI's chat completions.
 
     python tests/vision_server.py --port 8008
+    python tests/vision_server.py -- python gen-captions.py --image-dir examples/images
 
-It looks at every image it gets (that it decodes, that its type is the one named, how large it is) and answers with a
+The second form runs a command against a server of its own, and ends with it. The server looks at every image it gets (that it decodes, that its type is the one named, how large it is) and answers with a
 stand-in: a sentence about the image's size and main colour, no caption. Tests and benchmarks drive it by flags, or
 while it runs by requests to two addresses of its own:
 
@@ -26,6 +27,7 @@ import base64
 import io
 import itertools
 import json
+import os
 import random
 import sys
 import time
@@ -275,32 +277,37 @@ def build_app(script: Script) -> web.Application:
     return app
 
 
-async def serve(app: web.Application, port: int) -> None:
-    """Serve on loopback until the process ends; the first line on stdout is the base URL."""
+async def serve(app: web.Application, port: int, command: list[str]) -> int:
+    """Serve on loopback until the command ends, or for ever without one; the first line on stdout is the base URL."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port, backlog=1024)
     await site.start()
-    print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
-    await asyncio.Event().wait()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    print(url, flush=True)
+    if not command:
+        await asyncio.Event().wait()
+    process = await asyncio.create_subprocess_exec(*command, env={**os.environ, "OPENAI_BASE_URL": url})
+    return await process.wait()
 
 
 def main() -> int:
     """Run the server by itself."""
     parser = argparse.ArgumentParser(description="a vision API on loopback, for trying and testing; see the docstring")
-    parser.add_argument("--port", type=int, default=8008, help="0: any free one; the first line printed tells")
+    parser.add_argument("--port", type=int, help="0 is any free one; the first line printed tells; default 8008")
     parser.add_argument("--latency", type=float, default=0.2, help="seconds before each answer")
     parser.add_argument("--faults", type=float, default=0.0, help="share of requests that fail in one of many ways")
     parser.add_argument("--requests-per-minute", type=float, default=0.0, help="rate limit; 0: none")
+    parser.add_argument("command", nargs="*", help="after --: a command to run against this server, on any free port")
     arguments = parser.parse_args()
+    port = (0 if arguments.command else 8008) if arguments.port is None else arguments.port
     script = Script(
         latency=arguments.latency, faults=arguments.faults, requests_per_minute=arguments.requests_per_minute
     )
     try:
-        asyncio.run(serve(build_app(script), arguments.port))
+        return asyncio.run(serve(build_app(script), port, arguments.command))
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Speed and memory of gen-captions.py, each figure beside an ideal or a baseline of the same run.
+
+    python benchmarks/bench.py [throughput] [photos] [done] [help]
+
+Linux only (it reads the kernel's account of each finished process). The server is tests/vision_server.py on the same
+processors, so ratios count, not absolute figures.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOL = [sys.executable, str(ROOT / "gen-captions.py")]
+FLOOR = [sys.executable, str(ROOT / "benchmarks" / "sdk_floor.py")]
+
+
+@dataclass
+class Cost:
+    """What one finished process took."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mib: float
+    exit_code: int
+
+
+# A small process in between: a child's peak counts what its parent held when it was started.
+LAUNCHER = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+_, status, usage = os.wait4(child.pid, 0)
+child.returncode = os.waitstatus_to_exitcode(status)
+wall = time.perf_counter() - started
+print(json.dumps([wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, child.returncode]))
+"""
+
+
+def measure(command: list[str], **environment: str) -> Cost:
+    """Run a command to its end."""
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *command],
+        env={**os.environ, "OPENAI_API_KEY": "none", **environment},
+        stdout=subprocess.PIPE,
+        cwd=tempfile.gettempdir(),
+        check=True,
+    )
+    return Cost(*json.loads(done.stdout))
+
+
+def median(run: Callable[[], Cost], times: int = 5) -> Cost:
+    """Return the run with the median wall time."""
+    return sorted((run() for _ in range(times)), key=lambda cost: cost.wall_s)[times // 2]
+
+
+class Server:
+    """tests/vision_server.py, images not decoded."""
+
+    def __init__(self, latency: float) -> None:
+        command = [sys.executable, str(ROOT / "tests" / "vision_server.py"), "--port", "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        self.url = self.process.stdout.readline().strip()
+        self.latency = latency
+
+    def __enter__(self) -> Server:
+        self.reset()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def reset(self) -> None:
+        """Count from zero."""
+        script = json.dumps({"latency": self.latency, "check": False}).encode()
+        address = self.url.removesuffix("/v1") + "/script"
+        urllib.request.urlopen(urllib.request.Request(address, script, method="PUT")).close()
+
+    def rate(self) -> float:
+        """Return the requests a second between the first and the last tenth of them, so that start-up is left out."""
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/stats") as response:
+            arrivals: list[float] = json.load(response)["arrivals"]
+        first, last = len(arrivals) // 10, len(arrivals) * 9 // 10
+        return (last - first) / (arrivals[last] - arrivals[first])
+
+
+def jpeg(size: tuple[int, int], quality: int) -> bytes:
+    """Return a photo-like JPEG: smooth shapes and grain."""
+    noise = Image.effect_noise((size[0] // 4, size[1] // 4), 60).resize(size, Image.Resampling.BICUBIC)
+    grain = Image.effect_noise(size, 18)
+    output = io.BytesIO()
+    Image.merge("RGB", (noise, Image.blend(noise, grain, 0.5), grain)).save(output, "JPEG", quality=quality)
+    return output.getvalue()
+
+
+def fill(folder: Path, number: int, data: bytes) -> Path:
+    """Return a folder of that many copies."""
+    folder.mkdir(parents=True)
+    for index in range(number):
+        (folder / f"{index:06}.jpg").write_bytes(data)
+    return folder
+
+
+def throughput(folder: Path) -> dict[str, Any]:
+    """2,000 images of 60 KB, 200 workers, 200 ms an answer; the SDK's bare floor beside it."""
+    number, workers, latency = 2000, 200, 0.2
+    images = fill(folder / "images", number, jpeg((512, 384), 60))
+    one = fill(folder / "one", 1, jpeg((512, 384), 60))
+    ideal = workers / latency
+    rates: dict[str, list[float]] = {"tool": [], "floor": []}
+    cpu_ms: dict[str, list[float]] = {"tool": [], "floor": []}
+    options = ["--thread-pool", str(workers), "--caption-dir", str(folder / "out"), "--image-dir"]
+    commands = {"tool": [*TOOL, *options], "floor": [*FLOOR, str(workers)]}
+    with Server(latency) as server:
+        for _ in range(3):
+            for name, command in commands.items():
+                start_up = measure([*command, str(one)], OPENAI_BASE_URL=server.url)
+                shutil.rmtree(folder / "out", ignore_errors=True)
+                server.reset()
+                cost = measure([*command, str(images)], OPENAI_BASE_URL=server.url)
+                assert cost.exit_code == 0
+                rates[name].append(server.rate())
+                cpu_ms[name].append(1000 * (cost.cpu_s - start_up.cpu_s) / number)
+    tool, floor = statistics.median(rates["tool"]), statistics.median(rates["floor"])
+    return {
+        "ideal images/s": ideal,
+        "tool images/s": round(tool),
+        "floor images/s": round(floor),
+        "tool / ideal": round(tool / ideal, 2),
+        "tool / floor": round(tool / floor, 2),
+        "tool CPU ms/image": round(statistics.median(cpu_ms["tool"]), 2),
+        "floor CPU ms/image": round(statistics.median(cpu_ms["floor"]), 2),
+    }
+
+
+def photos(folder: Path) -> dict[str, Any]:
+    """200 photos of 4000 x 3000, 50 workers: peak memory, and the rate beside the processors' own."""
+    data = jpeg((4000, 3000), 80)
+    images = fill(folder / "images", 200, data)
+    with Server(0.2) as server:
+        command = [*TOOL, "--thread-pool", "50", "--image-dir", str(images), "--caption-dir", str(folder / "out")]
+        cost = measure(command, OPENAI_BASE_URL=server.url)
+        rate = server.rate()
+    started = time.perf_counter()
+    for _ in range(10):
+        image = Image.open(io.BytesIO(data))
+        image.draft("RGB", (1024, 1024))
+        image.thumbnail((1024, 1024))
+        image.save(io.BytesIO(), "JPEG", quality=90)
+    ideal = (os.cpu_count() or 1) * 10 / (time.perf_counter() - started)
+    return {
+        "MB a photo": round(len(data) / 1e6, 1),
+        "peak MiB": round(cost.peak_mib),
+        "images/s": round(rate, 1),
+        "images/s / Pillow on all processors": round(rate / ideal, 2),
+        "exit code": cost.exit_code,
+    }
+
+
+def done(folder: Path) -> dict[str, Any]:
+    """100,000 images that all have captions, beside one scandir pass."""
+    images = folder / "images"
+    images.mkdir()
+    for index in range(100_000):
+        (images / f"{index:06}.jpg").touch()
+        (images / f"{index:06}.txt").write_text(
+            "A grey cat sits on a blue mat in front of a window. " * 6, encoding="utf-8"
+        )
+    tool = median(lambda: measure([*TOOL, "--image-dir", str(images)]))
+    code = f"import os; print(sum(e.is_file() for e in os.scandir({str(images)!r})))"
+    scan = median(lambda: measure([sys.executable, "-c", code]))
+    few = folder / "few"
+    few.mkdir()
+    empty = measure([*TOOL, "--image-dir", str(few)])
+    return {
+        "tool s": round(tool.wall_s, 2),
+        "scandir s": round(scan.wall_s, 2),
+        "tool peak MiB": round(tool.peak_mib),
+        "tool peak MiB with no images": round(empty.peak_mib),
+    }
+
+
+def help(_folder: Path) -> dict[str, Any]:
+    """--help beside an empty program with the same two imports."""
+    shown = median(lambda: measure([*TOOL, "--help"]), 15)
+    empty = median(lambda: measure([sys.executable, "-c", "import argparse, asyncio"]), 15)
+    return {"--help ms": round(1000 * shown.wall_s), "import argparse, asyncio ms": round(1000 * empty.wall_s)}
+
+
+def main() -> int:
+    """Run the benchmarks named, or all, and print a line of JSON for each."""
+    names = sys.argv[1:] or ["throughput", "photos", "done", "help"]
+    for benchmark in (throughput, photos, done, help):
+        if benchmark.__name__ in names:
+            with tempfile.TemporaryDirectory() as folder:
+                print(json.dumps({"benchmark": benchmark.__name__, **benchmark(Path(folder))}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
