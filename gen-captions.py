@@ -1348,7 +1348,7 @@ async def read_image(path: str) -> bytes:
         async with aiofiles.open(path, "rb", opener=open_regular) as file:
             return await file.read()
     except OSError as error:
-        raise FailImage("unreadable file", f"{error.strerror}: check its permissions") from error
+        raise FailImage("unreadable file", str(error.strerror)) from error
 
 
 def is_abandoned(name: str, modified: float, now: float) -> bool:
@@ -1830,7 +1830,10 @@ def run(settings: Settings) -> int:
         return report.exit_code
     with open_report(settings.report) as stream:
         report = Report(time.monotonic(), stream)
-        run_captions(settings, report)
+        try:
+            run_captions(settings, report)
+        except KeyboardInterrupt:  # while the plan is made; later ones are waited out
+            report.ended_by = signal.SIGINT
         now = time.monotonic()
         report.close(now)
         print(report.summary(now), file=sys.stderr)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from conftest import KEY, ImageMaker, Server, Tool, captions
 
@@ -73,30 +76,81 @@ def test_a_server_that_speaks_no_tls_is_tried_once(tool: Tool, server: Server) -
     assert "retry" not in err
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        LIMIT,
-        error(500, "server_error"),
-        error(503, ""),
-        error(529, "overloaded"),
-        error(408, ""),
-        {"fault": "reset"},
-        {"fault": "cut"},
-        {"fault": "no choices"},
-        {"body": {"error": {"message": "late", "code": 502}}},
-    ],
-    ids=["429", "500", "503", "529", "408", "reset", "cut", "no choices", "late error"],
-)  # fmt: skip
-def test_what_passes_is_tried_again_and_said_once_each_time(
-    tool: Tool, server: Server, make_image: ImageMaker, step: dict[str, Any]
-) -> None:
-    make_image("a.jpg")
-    server.script(steps=[step, step])
-    err = tool("--image-dir", "images").stderr
-    assert (err.count("images/a.jpg: "), err.count("retry 1 of 10"), err.count("retry 2 of 10")) == (2, 1, 1)
-    assert server.stats()["requests"] == 3
-    assert len(captions(tool.folder)) == 1
+PASSING = {
+    "429": LIMIT,
+    "500": error(500, "server_error"),
+    "503": error(503, ""),
+    "529": error(529, "overloaded"),
+    "408": error(408, ""),
+    "reset": {"fault": "reset"},
+    "cut": {"fault": "cut"},
+    "no choices": {"fault": "no choices"},
+    "late error": {"body": {"error": {"message": "late", "code": 502}}},
+}
+ONE_IMAGE = [
+    (error(400, "image_parse_error", "cannot read this image"), "HTTP 400: cannot read this image"),
+    (error(400, "content_policy_violation", "not this one"), "refused: not this one"),
+    (error(403, "", "flagged by moderation"), "refused: flagged by moderation"),
+    ({"status": 413, "body": "<html><title>Too Large</title></html>"}, "HTTP 413: Too Large"),
+    (error(422, "", "what"), "HTTP 422: what"),
+    ({"content": "I'm sorry, but I can't help with that."}, "refused: I'm sorry"),
+    ({"content": None, "message": {"refusal": "No."}}, "refused: No."),
+    ({"content": "A ca", "finish_reason": "content_filter"}, "refused"),
+    ({"content": ""}, "empty"),
+    ({"content": "", "message": {"reasoning_content": "hmm"}}, "reasoning only"),
+    ({"content": "the cat and " * 30}, "looping"),
+    ({"content": "Error: upstream is down"}, "error text"),
+]
+
+
+@dataclass
+class Run:
+    """What one run with one worker left, for tests that each look at one image of it."""
+
+    err: str
+    written: set[str]
+    requests: int
+
+
+def run_scripted(folder: Path, server: Server, steps: list[dict[str, Any]], images: int, code: int) -> Run:
+    """Run the tool on numbered images, one worker, the steps met in order."""
+    (folder / "images").mkdir()
+    for number in range(images):
+        Image.new("RGB", (8, 8)).save(folder / "images" / f"{number:02}.png")
+    server.script(steps=steps)
+    err = Tool(folder, server.url)("--image-dir", "images", "--thread-pool", "1", code=code).stderr
+    return Run(err, {Path(name).stem for name in captions(folder)}, server.stats()["requests"])
+
+
+@pytest.fixture(scope="module")
+def passing_run(tmp_path_factory: pytest.TempPathFactory, server_process: Server) -> Run:
+    """Each image meets one passing fault, twice."""
+    steps = [step for step in PASSING.values() for _ in range(2)]
+    for number in range(len(PASSING)):
+        steps.insert(3 * number + 2, {})
+    return run_scripted(tmp_path_factory.mktemp("passing"), server_process, steps, len(PASSING), 0)
+
+
+@pytest.mark.parametrize("number", range(len(PASSING)), ids=list(PASSING))
+def test_what_passes_is_tried_again_and_said_once_each_time(passing_run: Run, number: int) -> None:
+    said = [line for line in passing_run.err.splitlines() if f"{number:02}.png: " in line]
+    assert ["retry 1 of 10" in said[0], "retry 2 of 10" in said[1], len(said)] == [True, True, 2]
+    assert f"{number:02}" in passing_run.written
+    assert passing_run.requests == 3 * len(PASSING)
+
+
+@pytest.fixture(scope="module")
+def one_image_run(tmp_path_factory: pytest.TempPathFactory, server_process: Server) -> Run:
+    """Each image meets one of the faults that are its own; the last one meets none."""
+    steps = [step for step, _ in ONE_IMAGE]
+    return run_scripted(tmp_path_factory.mktemp("one"), server_process, steps, len(ONE_IMAGE) + 1, 1)
+
+
+@pytest.mark.parametrize(("number", "reason"), list(enumerate(reason for _, reason in ONE_IMAGE)))
+def test_what_is_wrong_with_one_image_fails_that_image_alone(one_image_run: Run, number: int, reason: str) -> None:
+    assert f"images/{number:02}.png: {reason}" in one_image_run.err.replace("\\", "/")
+    assert one_image_run.written == {f"{len(ONE_IMAGE):02}"}
+    assert one_image_run.requests == len(ONE_IMAGE) + 1
 
 
 @pytest.mark.usefixtures("five")
@@ -125,34 +179,6 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(
     err = tool("--image-dir", "images", "--timeout", "0.5").stderr
     assert "no answer within 0.5 s (GETCAP_TIMEOUT)" in err
     assert len(captions(tool.folder)) == 1
-
-
-@pytest.mark.parametrize(
-    ("step", "reason"),
-    [
-        (error(400, "image_parse_error", "cannot read this image"), "HTTP 400: cannot read this image"),
-        (error(400, "content_policy_violation", "not this one"), "refused: not this one"),
-        (error(403, "", "flagged by moderation"), "refused: flagged by moderation"),
-        ({"status": 413, "body": "<html><title>Too Large</title></html>"}, "HTTP 413: Too Large"),
-        (error(422, "", "what"), "HTTP 422: what"),
-        ({"content": "I'm sorry, but I can't help with that."}, "refused: I'm sorry"),
-        ({"content": None, "message": {"refusal": "No."}}, "refused: No."),
-        ({"content": "A ca", "finish_reason": "content_filter"}, "refused"),
-        ({"content": ""}, "empty"),
-        ({"content": "", "message": {"reasoning_content": "hmm"}}, "reasoning only"),
-        ({"content": "the cat and " * 30}, "looping"),
-        ({"content": "Error: upstream is down"}, "error text"),
-    ],
-)
-@pytest.mark.usefixtures("five")
-def test_what_is_wrong_with_one_image_fails_that_image_alone(
-    tool: Tool, server: Server, step: dict[str, Any], reason: str
-) -> None:
-    server.script(steps=[step])
-    err = tool("--image-dir", "images", "--thread-pool", "1", code=1).stderr
-    assert f"images/0.jpg: {reason}" in err
-    assert server.stats()["requests"] == 5
-    assert sorted(captions(tool.folder)) == [f"images/{n}.txt" for n in range(1, 5)]
 
 
 def test_a_cut_off_answer_is_asked_once_more_with_twice_the_budget(
@@ -249,9 +275,9 @@ def test_the_first_image_goes_alone(tool: Tool, server: Server, make_image: Imag
 def test_as_many_requests_are_in_flight_as_there_are_workers(
     tool: Tool, server: Server, make_image: ImageMaker, workers: int
 ) -> None:
-    for number in range(30):
+    for number in range(4 * workers):
         make_image(f"{number}.jpg")
-    server.script(latency=0.2)
+    server.script(latency=0.4)
     tool("--image-dir", "images", "--thread-pool", str(workers))
     assert server.stats()["peak_in_flight"] == workers
 
