@@ -118,6 +118,7 @@ class Kind:
 
     parse: Callable[[str], Any]
     allowed: str
+    metavar: str
 
 
 def whole_number(low: int, high: int) -> Kind:
@@ -129,7 +130,7 @@ def whole_number(low: int, high: int) -> Kind:
             raise ValueError
         return number
 
-    return Kind(parse, f"a whole number from {low} to {high}")
+    return Kind(parse, f"a whole number from {low} to {high}", "N")
 
 
 def decimal(low: float, high: float, *, low_itself: bool = False) -> Kind:
@@ -141,14 +142,14 @@ def decimal(low: float, high: float, *, low_itself: bool = False) -> Kind:
             raise ValueError
         return number
 
-    return Kind(
-        parse, f"a number {'from' if low_itself else 'above'} {low:g} {'to' if low_itself else 'up to'} {high:g}"
-    )
+    above = "from" if low_itself else "above"
+    return Kind(parse, f"a number {above} {low:g} and up to {high:g}", "N")
 
 
 def one_of(*names: str) -> Kind:
     """Return the kind of a name out of a few, in any letter case."""
-    return Kind(lambda text: names[[n.lower() for n in names].index(text.lower())], "one of " + ", ".join(names))
+    lower = [name.lower() for name in names]
+    return Kind(lambda text: names[lower.index(text.lower())], "one of " + ", ".join(names), "NAME")
 
 
 def parse_key(text: str) -> str:
@@ -179,13 +180,15 @@ def parse_caption_ext(text: str) -> str:
     return ext
 
 
-TEXT = Kind(str, "some text")
-FOLDER = Kind(Path, "a folder")
-FILE = Kind(str, "a file, or - for standard output")
-SWITCH = Kind(bool, "")
-SECRET = Kind(parse_key, "a key of printable ASCII characters without spaces")  # never a flag: others see those
-URL = Kind(parse_url, "a URL such as http://localhost:11434/v1")
-EXTENSION = Kind(parse_caption_ext, "letters and digits such as txt or caption; not json and not an image's extension")
+TEXT = Kind(str, "some text", "TEXT")
+FOLDER = Kind(Path, "a folder", "FOLDER")
+FILE = Kind(str, "a file, or - for standard output", "FILE")
+SWITCH = Kind(bool, "", "")
+SECRET = Kind(parse_key, "a key of printable ASCII characters without spaces", "")  # never a flag: others see those
+URL = Kind(parse_url, "a URL such as http://localhost:11434/v1", "URL")
+EXTENSION = Kind(
+    parse_caption_ext, "letters and digits as in txt or caption; not json, not an image's extension", "EXT"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +215,7 @@ class Settings:
     caption_dir: Path | None = setting(WHAT, FOLDER, "folder for the captions; beside the images when left out")
     config_dir: Path | None = setting(WHAT, FOLDER, "folder whose prompt.txt, if any, is the prompt")
     caption_ext: str = setting(WHAT, EXTENSION, "extension of the caption files", "txt", "GETCAP_CAPTION_EXT")
-    limit: int | None = setting(WHAT, whole_number(1, 10**9), "caption at most this many images")
+    limit: int | None = setting(WHAT, whole_number(1, 10**9), "try at most this many images, then stop")
 
     api_key: str = field(
         default="", repr=False, metadata={"spec": Spec(HOW, SECRET, "key of the server", "OPENAI_API_KEY", "")}
@@ -220,7 +223,7 @@ class Settings:
     base_url: str = setting(HOW, URL, "server that speaks OpenAI's API", OPENAI_URL, "OPENAI_BASE_URL")
     model: str = setting(HOW, TEXT, "vision model", "gpt-6-luna", "GETCAP_MODEL")
     prompt: str | None = setting(
-        HOW, TEXT, "what the model is told; else prompt.txt, else a good one", None, "GETCAP_PROMPT"
+        HOW, TEXT, "what the model is told; else prompt.txt, else the built-in one", None, "GETCAP_PROMPT"
     )
     max_side: int = setting(HOW, whole_number(32, 8192), "longest side in pixels that is sent", 1024, "GETCAP_MAX_SIDE")
     max_tokens: int = setting(HOW, whole_number(1, 100_000), "longest answer in tokens", 300, "GETCAP_MAX_TOKENS")
@@ -254,7 +257,9 @@ class Settings:
     dry_run: bool = setting(
         SHOW, SWITCH, "say what would be captioned, and stop: no connection, no key", False, short="-n"
     )
-    report: str | None = setting(SHOW, FILE, "write the outcome of each image as JSON lines; - is stdout")
+    report: str | None = setting(
+        SHOW, FILE, "write the outcome of each image as JSON lines, replacing the file; - is stdout"
+    )
     verbose: bool = setting(SHOW, SWITCH, "say more (log level DEBUG)", False, short="-v")
     quiet: bool = setting(SHOW, SWITCH, "say only what is wrong, and the summary (WARNING)", False, short="-q")
     log_level: str = setting(
@@ -293,9 +298,10 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="gen-captions.py",
         usage="gen-captions.py --image-dir FOLDER [--caption-dir FOLDER] [--config-dir FOLDER] [options]",
-        description="Caption a folder of images for training. Captions that exist are left alone.",
+        description="Caption a folder of images for training. Captions that exist and are not blank are left alone.",
         epilog="Each variable may stand in the environment or in a file .env; a flag wins. The key is read from "
-        "OPENAI_API_KEY. Exit codes: 0 done, 1 some images failed, 2 usage, 3 stopped, 130 interrupted.",
+        "OPENAI_API_KEY. Exit codes: 0 done, 1 some images failed, 2 usage or settings, 3 stopped, 130 interrupted, "
+        "143 terminated.",
         allow_abbrev=False,
         add_help=False,
     )
@@ -310,8 +316,7 @@ def build_parser() -> Parser:
         if spec.kind is SWITCH:
             groups[spec.group].add_argument(*flags, action="store_true", help=spec.help)
         elif spec.kind is not SECRET:
-            metavar = {FOLDER: "FOLDER", FILE: "FILE", URL: "URL"}.get(spec.kind, "VALUE")
-            groups[spec.group].add_argument(*flags, metavar=metavar, help=spec.help + note)
+            groups[spec.group].add_argument(*flags, metavar=spec.kind.metavar, help=spec.help + note)
     groups[SHOW].add_argument("-V", "--version", action="version", version=f"gen-captions {__version__}")
     groups[SHOW].add_argument("-h", "--help", action="help", help="show this and stop")
     return parser
@@ -326,10 +331,23 @@ def parse_value(source: str, kind: Kind, text: str) -> Any:
         raise SettingsError(f"{source}: {shown} is not allowed; allowed: {kind.allowed}") from None
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raise the error for a variable that looks like ours and is none: a setting mistyped is a setting lost."""
+    known = {spec.variable for _, spec in specs()}
+    for name in sorted(names):
+        if name.startswith("GETCAP_") and name not in known:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise SettingsError(f"{printable(name)}: there is no such setting; {hint}")
+
+
 def resolve_settings(
     flags: Mapping[str, str | bool | None], environ: Mapping[str, str], dotenv: Mapping[str, str | None]
 ) -> Settings:
     """Return the settings by precedence: flag, environment, .env, default. A variable left blank counts as unset."""
+    check_names({*environ, *dotenv})
     chosen: dict[str, Any] = {}
     for item, spec in specs():
         flag = flags.get(item.name)
@@ -857,8 +875,9 @@ def adapt_parameters(sent: Parameters, error: ErrorReply) -> Parameters | None:
     if name == TOKEN_LIMITS[0]:
         return {TOKEN_LIMITS[1]: sent[name], **rest}
     if name == "reasoning_effort":
-        offered = [effort for effort in EFFORTS if effort != sent[name] and re.search(rf"['\"`]{effort}['\"`]", said)]
-        return {name: offered[0], **rest} if offered else rest
+        dearer = EFFORTS[EFFORTS.index(sent[name]) + 1 :] if sent[name] in EFFORTS else EFFORTS[1:]
+        offered = [effort for effort in dearer if re.search(rf"['\"`]{effort}['\"`]", said)]
+        return {name: offered[0], **rest} if offered else rest  # upwards only, so that it comes to an end
     return rest
 
 
@@ -921,7 +940,7 @@ def parse_error(status: int, text: str, retry_after_s: float = 0.0) -> ErrorRepl
     """Return the error that a body describes, in whichever shape servers write it: JSON, HTML, plain text, nothing."""
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
         body = title[1] if title else re.sub(r"<[^>]*>", " ", text[:4000])
     inner = error_object(body)
@@ -936,7 +955,7 @@ def parse_reply(text: str) -> Reply | ErrorReply:
         return ErrorReply(200, f"a web page came back ({parse_error(200, text).message})", "web_page")
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise TryAgain("broken answer", "the answer is no whole JSON") from None
     choices = body.get("choices") if isinstance(body, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -1019,9 +1038,9 @@ def judge_error(error: ErrorReply, now: datetime, *, first: bool) -> StopRun | F
         back = now + timedelta(seconds=error.retry_after_s)
         return StopRun(f"the server asks to come back after {back.astimezone():%d %B %H:%M}: {shown}; run again then")
     if status in {0, 408, 409, 425, 429} or status >= 500:
-        return TryAgain(f"HTTP {status}" if status else "no answer", shown, error.retry_after_s)
+        return TryAgain(f"HTTP {status}" if status else "no answer", error.message, error.retry_after_s)
     reason = "web page" if error.code == "web_page" else f"HTTP {status}"
-    return FailImage(reason, shown, by_server=True)
+    return FailImage(reason, f"{error.message}; the server rejects this image or request", by_server=True)
 
 
 def backoff_s(attempt: int, factor: float, retry_after_s: float, jitter: float) -> float:
@@ -1123,7 +1142,9 @@ def judge_reply(reply: Reply) -> str:
     text = clean_caption(reply.content)
     by_hand = "caption it by hand or with another model"
     if reply.refusal or reply.finish_reason == "content_filter" or re.match(REFUSAL, text):
-        raise FailImage("refused", f"{shorten(reply.refusal or text or 'filtered by the server', 120)}; {by_hand}")
+        raise FailImage(
+            "refused", f"{shorten(reply.refusal or text or 'filtered by the server', 120).rstrip('.')}; {by_hand}"
+        )
     if is_looping(text):
         raise FailImage("looping", f"…{text[-60:]}; try GETCAP_TEMPERATURE=0.7 or another model")
     if reply.finish_reason == "length":
@@ -1152,8 +1173,10 @@ class Stop:
         if self.cause is None:
             self.cause = cause
             self._event.set()
-            why = f"{cause.name}: once more ends at once" if isinstance(cause, signal.Signals) else str(cause)
-            log.error("ending the run, what is on its way is waited for: %s", why)
+            if isinstance(cause, StopRun):
+                log.error("%s (no new requests; what is on its way is waited for)", cause)
+            else:
+                log.warning("%s: no new requests; what is on its way is waited for, once more ends at once", cause.name)
 
     def check(self) -> None:
         """Raise StopRun when the run ends."""
@@ -1210,8 +1233,8 @@ def describe_broken_connection(error: BaseException, host: str) -> ErrorReply:
     while error.__cause__ or error.__context__:
         unreachable |= isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
         error = error.__cause__ or error.__context__ or error
-    words = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.errno and "Connect call failed" in words:
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if "Connect call failed" in words and isinstance(error, OSError) and error.errno:
         words = os.strerror(error.errno)  # asyncio puts its own words over the system's
     if unreachable:
         return ErrorReply(0, f"cannot connect to {host}: {words}", "unreachable")
@@ -1376,17 +1399,15 @@ def prepare_folder(folder: str) -> str:
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            return "may not be written to"
-        for name in os.listdir(folder):
-            path = os.path.join(folder, name)
-            if name.startswith(TEMPORARY) and is_abandoned(name, os.lstat(path).st_mtime, time.time()):
-                os.unlink(path)
-    except FileNotFoundError:  # another run was quicker to clean up
-        return ""
+        names = os.listdir(folder)
     except OSError as error:
         return error.strerror or str(error)
-    return ""
+    for name in names:
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):  # another run may be quicker to clean up
+            if name.startswith(TEMPORARY) and is_abandoned(name, os.lstat(path).st_mtime, time.time()):
+                os.unlink(path)
+    return "" if os.access(folder, os.W_OK | os.X_OK) else "may not be written to"
 
 
 def has_caption(path: str) -> bool:
@@ -1538,7 +1559,7 @@ class Report:
                 "prompt_tokens": self.usage.prompt,
                 "answer_tokens": self.usage.answer,
                 "seconds": round(now - self._started, 3),
-                "stopped": str(self.ended_by) if self.ended_by else None,
+                "stopped": getattr(self.ended_by, "name", None) or (str(self.ended_by) if self.ended_by else None),
                 "exit_code": self.exit_code,
             }
         )
@@ -1566,6 +1587,7 @@ class Progress:
         self._total = total
         self._report = report
         self._before = report.recorded
+        self._failed_before = len(report.failed)
         self._started = self._said_at = time.monotonic()
         self._said_share = 0
 
@@ -1585,7 +1607,8 @@ class Progress:
         """Show one more image."""
         report = self._report
         done, tokens = report.recorded - self._before, report.usage.prompt + report.usage.answer
-        self._bar.set_postfix(failed=len(report.failed), tokens=f"{tokens:,}", refresh=False)
+        failed = len(report.failed) - self._failed_before
+        self._bar.set_postfix(failed=failed, tokens=f"{tokens:,}", refresh=False)
         self._bar.update(1)
         now, share = time.monotonic(), 20 * done // self._total
         if not self._bar.disable or (share == self._said_share and now - self._said_at < 30):
@@ -1593,7 +1616,6 @@ class Progress:
         self._said_at, self._said_share = now, share
         rate = done / max(now - self._started, 1e-9)
         left = timedelta(seconds=round((self._total - done) / rate)) if rate else "?"
-        failed = len(report.failed)
         log.info(
             "%d of %d, %d failed, %.1f a second, %s left, %s tokens",
             done,
@@ -1655,7 +1677,8 @@ class Captioner:
         try:
             outcome = await self._caption(job)
         except FailImage as error:
-            outcome = Failed(job.image, error.reason, error.detail, error.by_server)
+            later = "; run again later" if isinstance(error, TryAgain) else ""
+            outcome = Failed(job.image, error.reason, error.detail + later, error.by_server)
         except (StopRun, asyncio.CancelledError):
             raise
         except Exception as error:  # a fault of this program must not end the run either
@@ -1684,7 +1707,10 @@ class Captioner:
             written = await asyncio.to_thread(write_caption, job.caption, text)
         except OSError as error:
             log.error("%s: not written: %s; the answer was: %s", printable(job.caption), error.strerror, text)  # noqa: TRY400
-            raise StopRun(f"captions cannot be written: {error.strerror}") from error
+            folder = printable(os.path.dirname(job.caption))
+            raise StopRun(
+                f"{folder}: captions cannot be written: {error.strerror}; mend that, then run again"
+            ) from error
         log.debug("%s: %s", printable(job.image), text)
         return Written(job, text) if written else Skipped(job.image, "has a caption by now")
 
@@ -1782,6 +1808,7 @@ def log_recipe(settings: Settings, recipe: Recipe) -> None:
     if settings.config_dir and not settings.config_dir.exists():
         log.info("%s: does not exist; nothing is read from it", printable(str(settings.config_dir)))
     log.info("prompt: %s", recipe.source)
+    log.debug("prompt: %s", shorten(recipe.prompt, 10_000))
     if settings.base_url.startswith("http://") and not is_this_machine(settings.base_url):
         log.warning("OPENAI_BASE_URL is plain http: the key and the images can be read on the way to %s", settings.host)
 

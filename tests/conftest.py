@@ -21,23 +21,19 @@ TOOL = ROOT / "gen-captions.py"
 GUARD = ROOT / "tests" / "guard"
 KEY = "sk-test-0123456789abcdef"
 
-sys.path.insert(0, str(GUARD))
-import sitecustomize as guard  # noqa: E402  (this process too reaches nothing but loopback)
 
-sys.addaudithook(guard.refuse)
-
-
-def load_tool() -> ModuleType:
-    """Import gen-captions.py, whose name is no module name; dataclasses need it in sys.modules."""
-    spec = importlib.util.spec_from_file_location("gen_captions", TOOL)
+def load(name: str, path: Path) -> ModuleType:
+    """Import a file under a name; dataclasses need it in sys.modules."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gen_captions"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-load_tool().load_pillow()
+load("network_guard", GUARD / "sitecustomize.py")  # by path: Debian has a sitecustomize of its own
+load("gen_captions", TOOL).load_pillow()
 
 
 class Server:

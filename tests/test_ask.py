@@ -94,7 +94,7 @@ ONE_IMAGE = [
     ({"status": 413, "body": "<html><title>Too Large</title></html>"}, "HTTP 413: Too Large"),
     (error(422, "", "what"), "HTTP 422: what"),
     ({"content": "I'm sorry, but I can't help with that."}, "refused: I'm sorry"),
-    ({"content": None, "message": {"refusal": "No."}}, "refused: No."),
+    ({"content": None, "message": {"refusal": "No."}}, "refused: No;"),
     ({"content": "A ca", "finish_reason": "content_filter"}, "refused"),
     ({"content": ""}, "empty"),
     ({"content": "", "message": {"reasoning_content": "hmm"}}, "reasoning only"),
@@ -157,7 +157,7 @@ def test_what_is_wrong_with_one_image_fails_that_image_alone(one_image_run: Run,
 def test_a_retryable_error_that_outlives_its_retries_fails_the_image(tool: Tool, server: Server) -> None:
     server.script(steps=[error(500, "")] * 3)
     err = tool("--image-dir", "images", "--throttle-retries", "2", "--thread-pool", "1", code=1).stderr
-    assert "images/0.jpg: HTTP 500: no (HTTP 500)" in err
+    assert "images/0.jpg: HTTP 500: no; run again later" in err
     assert server.stats()["requests"] == 3 + 4
     assert len(captions(tool.folder)) == 4
 

@@ -214,7 +214,7 @@ def test_a_signal_ends_the_run_with_what_is_on_its_way_kept(
     err = process.communicate(timeout=30)[1]
     assert process.returncode == code
     assert server.stats()["requests"] == len(captions(tool.folder)) == 5
-    assert err.count(f"{number.name}: once more ends at once") == 1
+    assert err.count(f"{number.name}: no new requests") == 1
     assert "left for the next run 35" in err.splitlines()[-1]
 
 

@@ -33,6 +33,12 @@ def test_a_variable_left_blank_counts_as_unset() -> None:
     assert resolve(GETCAP_MODEL=" ").model == "gpt-6-luna"
 
 
+@pytest.mark.parametrize(("name", "near"), [("GETCAP_MAXSIDE", "GETCAP_MAX_SIDE"), ("GETCAP_QQQQQQQQQ", "see --help")])
+def test_a_mistyped_variable_is_an_error_that_names_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(gc.SettingsError, match=f"{name}: there is no such setting; .*{near}"):
+        gc.resolve_settings({"verbose": False, "quiet": False}, {}, {name: "1"})
+
+
 def test_a_flag_left_blank_is_an_error_since_a_shell_variable_was_empty() -> None:
     with pytest.raises(gc.SettingsError, match="--caption-dir: is blank"):
         resolve({"caption_dir": ""})
@@ -52,7 +58,7 @@ BAD_VALUES = [
     ("GETCAP_MAX_SIDE", "0", "from 32"),
     ("GETCAP_MAX_TOKENS", "many", "from 1"),
     ("GETCAP_TIMEOUT", "0", "above 0"),
-    ("GETCAP_TEMPERATURE", "3", "from 0 to 2"),
+    ("GETCAP_TEMPERATURE", "3", "from 0 and up to 2"),
     ("GETCAP_CAPTION_EXT", "json", "not json"),
     ("GETCAP_CAPTION_EXT", ".JSONL", "not json"),
     ("GETCAP_CAPTION_EXT", "jpg", "not an image"),

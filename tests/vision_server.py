@@ -284,7 +284,7 @@ async def serve(app: web.Application, port: int, command: list[str]) -> int:
     site = web.TCPSite(runner, "127.0.0.1", port, backlog=1024)
     await site.start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    print(url, flush=True)
+    print(url, flush=True, file=sys.stderr if command else sys.stdout)
     if not command:
         await asyncio.Event().wait()
     process = await asyncio.create_subprocess_exec(*command, env={**os.environ, "OPENAI_BASE_URL": url})
