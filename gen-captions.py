@@ -42,7 +42,6 @@ import base64
 import contextlib
 import dataclasses
 import errno
-import itertools
 import json
 import logging
 import math
@@ -59,15 +58,15 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:  # imported where they are needed: --help and usage errors must not wait for openai
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-    from types import FrameType, TracebackType
+    from types import FrameType
 
     from openai import AsyncOpenAI
-    from PIL import Image
+    from PIL import Image, ImageFile
     from tenacity import RetryCallState
 
 __version__ = "0.1.0"
@@ -95,17 +94,12 @@ def shorten(text: str, limit: int = 300) -> str:
 OPENAI_URL = "https://api.openai.com/v1"
 KEY_PLACEHOLDER = "your-key-here"  # what .env.example holds
 LOCAL_WORKERS = 2  # a server on this machine answers slower the more it is asked at once
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
-)
+IMAGE_SUFFIXES = {
+    f".{name}" for name in ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
+}
 
-WHAT, HOW, PACE, SHOW, REPAIR = (
-    "what to caption",
-    "which model, and what it is asked",
-    "how fast",
-    "what to see",
-    "other work",
-)
+WHAT, HOW, PACE = "what to caption", "which model, and what it is asked", "how fast"
+SHOW, REPAIR = "what to see", "other work"
 
 
 class SettingsError(Exception):
@@ -152,6 +146,11 @@ def one_of(*names: str) -> Kind:
     return Kind(lambda text: names[lower.index(text.lower())], "one of " + ", ".join(names), "NAME")
 
 
+def looks_secret(text: str) -> bool:
+    """Return whether a key may have been put where it does not belong, so that it is not shown."""
+    return bool(re.search(r"(?:sk-|gsk_|AIza|xai-|hf_)\w|[\w-]{32,}|@", text))
+
+
 def parse_key(text: str) -> str:
     """Return the key without the quotes and line ends that come along when it is copied."""
     key = text.strip().strip("\"'“”‘’").strip()
@@ -164,9 +163,18 @@ def parse_url(text: str) -> str:
     """Return the base URL without quotes and without the endpoint's own path."""
     url = text.strip("\"'").rstrip("/").removesuffix("/chat/completions")
     parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or (parts.port or 1) < 1:
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0 or not url.isprintable():
+        raise ValueError
+    if parts.username is not None or parts.query or parts.fragment:  # a key stands in OPENAI_API_KEY
         raise ValueError
     return url
+
+
+def parse_model(text: str) -> str:
+    """Return the model's name, which is no key."""
+    if looks_secret(text):
+        raise ValueError
+    return text
 
 
 def parse_caption_ext(text: str) -> str:
@@ -185,7 +193,8 @@ FOLDER = Kind(Path, "a folder", "FOLDER")
 FILE = Kind(str, "a file, or - for standard output", "FILE")
 SWITCH = Kind(bool, "", "")
 SECRET = Kind(parse_key, "a key of printable ASCII characters without spaces", "")  # never a flag: others see those
-URL = Kind(parse_url, "a URL such as http://localhost:11434/v1", "URL")
+URL = Kind(parse_url, "a URL such as http://localhost:11434/v1, without a user or a query", "URL")
+MODEL = Kind(parse_model, "a model's name", "NAME")
 EXTENSION = Kind(
     parse_caption_ext, "letters and digits as in txt or caption; not json, not an image's extension", "EXT"
 )
@@ -204,7 +213,8 @@ class Spec:
 
 def setting(group: str, kind: Kind, help: str, default: Any = None, variable: str = "", short: str = "") -> Any:
     """Return the dataclass field of one setting. Its flag is its name; without a variable the flag is all it has."""
-    return field(default=default, metadata={"spec": Spec(group, kind, help, variable, short)})
+    spec = Spec(group, kind, help, variable, short)
+    return field(default=default, repr=kind is not SECRET, metadata={"spec": spec})
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +227,9 @@ class Settings:
     caption_ext: str = setting(WHAT, EXTENSION, "extension of the caption files", "txt", "GETCAP_CAPTION_EXT")
     limit: int | None = setting(WHAT, whole_number(1, 10**9), "try at most this many images, then stop")
 
-    api_key: str = field(
-        default="", repr=False, metadata={"spec": Spec(HOW, SECRET, "key of the server", "OPENAI_API_KEY", "")}
-    )
+    api_key: str = setting(HOW, SECRET, "key of the server", "", "OPENAI_API_KEY")
     base_url: str = setting(HOW, URL, "server that speaks OpenAI's API", OPENAI_URL, "OPENAI_BASE_URL")
-    model: str = setting(HOW, TEXT, "vision model", "gpt-6-luna", "GETCAP_MODEL")
+    model: str = setting(HOW, MODEL, "vision model", "gpt-6-luna", "GETCAP_MODEL")
     prompt: str | None = setting(
         HOW, TEXT, "what the model is told; else prompt.txt, else the built-in one", None, "GETCAP_PROMPT"
     )
@@ -287,10 +295,17 @@ def flag_name(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the exit left to main, and without a key in its messages when one was pasted as a flag."""
+    """argparse with the exit left to main, and without the values of unknown flags, which may be keys."""
 
     def error(self, message: str) -> Any:
-        raise SettingsError(re.sub(r"sk-[\w-]+", "sk-…", printable(message)) + " (see --help)")
+        raise SettingsError(re.sub(r"explicit argument .*", "value", printable(message)) + " (see --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            self.error("unrecognized: " + (" ".join(flags) or "a word that belongs to no flag"))
+        return found, unknown
 
 
 def build_parser() -> Parser:
@@ -307,12 +322,9 @@ def build_parser() -> Parser:
     )
     groups = {title: parser.add_argument_group(title) for title in (WHAT, HOW, PACE, SHOW, REPAIR)}
     for item, spec in specs():
-        flags = [*([spec.short] if spec.short else []), flag_name(item.name)]
-        notes = [
-            spec.variable,
-            f"default {item.default:g}" if isinstance(item.default, float) else f"default {item.default}",
-        ]
-        note = f" [{', '.join(notes if item.default is not None else notes[:1])}]" if spec.variable else ""
+        flags = filter(None, (spec.short, flag_name(item.name)))
+        default = f"{item.default:g}" if isinstance(item.default, float) else item.default
+        note = f" [{spec.variable}{'' if default is None else f', default {default}'}]" if spec.variable else ""
         if spec.kind is SWITCH:
             groups[spec.group].add_argument(*flags, action="store_true", help=spec.help)
         elif spec.kind is not SECRET:
@@ -327,7 +339,7 @@ def parse_value(source: str, kind: Kind, text: str) -> Any:
     try:
         return kind.parse(text.strip())
     except (ValueError, OverflowError):
-        shown = "the value" if kind is SECRET else f'"{shorten(text, 80)}"'
+        shown = "the value" if kind is SECRET or looks_secret(text) else f'"{shorten(text, 80)}"'
         raise SettingsError(f"{source}: {shown} is not allowed; allowed: {kind.allowed}") from None
 
 
@@ -353,7 +365,7 @@ def resolve_settings(
         flag = flags.get(item.name)
         sources = [(flag_name(item.name), flag), (spec.variable, environ.get(spec.variable))]
         sources.append((f"{spec.variable} in .env", dotenv.get(spec.variable)))
-        if flag == "":
+        if isinstance(flag, str) and not flag.strip():
             raise SettingsError(f"{flag_name(item.name)}: is blank; allowed: {spec.kind.allowed}")
         for source, text in sources:
             if isinstance(text, bool):
@@ -392,15 +404,16 @@ def check_key(settings: Settings) -> None:
     )
 
 
-def read_dotenv(folders: Sequence[Path]) -> dict[str, str | None]:
+def read_dotenv(folders: Sequence[str | Path]) -> dict[str, str | None]:
     """Return what the first `.env` in these folders says; one that is not UTF-8 is a SettingsError."""
-    path = next((folder / ".env" for folder in folders if (folder / ".env").is_file()), None)
+    paths = (os.path.join(folder, ".env") for folder in folders)
+    path = next(filter(os.path.isfile, paths), None)
     if path is None:
         return {}
     from dotenv import dotenv_values
 
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     except OSError as error:
@@ -418,7 +431,7 @@ def read_dotenv(folders: Sequence[Path]) -> dict[str, str | None]:
 def read_settings(argv: Sequence[str] | None) -> Settings:
     """Return the settings of this process. Raises SettingsError; --help and --version exit."""
     flags = vars(build_parser().parse_args(argv))
-    return resolve_settings(flags, os.environ, read_dotenv([Path.cwd(), Path(__file__).resolve().parent]))
+    return resolve_settings(flags, os.environ, read_dotenv(["", Path(__file__).resolve().parent]))
 
 
 # ---------------------------------------------------------------------------------------------------- Data
@@ -511,7 +524,8 @@ class CutOff(FailImage):
 # a pipe would wait for its writer without O_NONBLOCK, which Windows has not, as others have no O_BINARY
 READ_ONLY = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 LONGEST_NAME = 255  # bytes, on every common file system
-BLANKS = b" \t\r\n\v\f\0\xef\xbb\xbf"  # with a BOM, and the zero bytes that a power cut can leave
+BLANKS = b" \t\r\n\v\f\0"  # with the zero bytes that a power cut can leave
+BOM = b"\xef\xbb\xbf"
 
 
 def caption_name(image_name: str, ext: str) -> str:
@@ -540,11 +554,11 @@ def has_text(path: str) -> bool:
     """Return whether the file holds anything but blanks. Raises OSError when it is missing or cannot be read."""
     handle = os.open(path, READ_ONLY)
     try:
-        while chunk := os.read(handle, 4096):
-            if chunk.strip(BLANKS):
-                return True
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "is no file", path)
+        while chunk := os.read(handle, 4096):
+            if chunk.removeprefix(BOM).strip(BLANKS):
+                return True
         return False
     finally:
         os.close(handle)
@@ -621,7 +635,7 @@ def plan_folder(image_dir: Path, caption_dir: Path | None, ext: str) -> Iterator
         target = os.path.join(caption_dir or image_dir, relative, "")
         try:
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
+            if status.st_ino and (status.st_dev, status.st_ino) in seen:  # some network folders number nothing
                 continue
             seen.add((status.st_dev, status.st_ino))
             found = list_folder(folder)
@@ -646,14 +660,11 @@ def check_folders(settings: Settings) -> Path:
     """Return the image folder, or raise the SettingsError that names the folder that cannot be used."""
     if settings.image_dir is None:
         raise SettingsError("--image-dir: is missing; name the folder of images")
-    for name, path, required in (
-        ("--image-dir", settings.image_dir, True),
-        ("--caption-dir", settings.caption_dir, False),
-        ("--config-dir", settings.config_dir, False),
-    ):
-        shown = f"{name}: {printable(str(path))}"
-        if path is None or not (required or os.path.lexists(path)):
+    for name in ("image_dir", "caption_dir", "config_dir"):
+        path = getattr(settings, name)
+        if path is None or (name != "image_dir" and not os.path.lexists(path)):
             continue
+        shown = f"{flag_name(name)}: {printable(str(path))}"
         try:
             os.scandir(path).close()
         except FileNotFoundError:
@@ -682,6 +693,8 @@ def read_prompt(config_dir: Path | None) -> str | None:
     if config_dir is None:
         return None
     path = config_dir / "prompt.txt"
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"{printable(str(path))}: is no file")
     try:
         prompt = path.read_text(encoding="utf-8-sig").strip()
     except (FileNotFoundError, NotADirectoryError):
@@ -699,7 +712,8 @@ def read_recipe(settings: Settings) -> Recipe:
     """Return the recipe: GETCAP_PROMPT when it is set, else prompt.txt, else the built-in prompt."""
     from_file = read_prompt(settings.config_dir)
     if settings.prompt is not None:
-        return Recipe(settings.prompt, "GETCAP_PROMPT, not prompt.txt" if from_file else "GETCAP_PROMPT")
+        source = "--prompt or GETCAP_PROMPT"
+        return Recipe(settings.prompt, f"{source}, not prompt.txt" if from_file else source)
     if from_file is not None:
         return Recipe(from_file, "prompt.txt")
     return Recipe(DEFAULT_PROMPT, "built in")
@@ -711,6 +725,11 @@ JPEG_QUALITY = 90
 MOST_PIXELS = 90_000_000  # to hold in memory at once; a JPEG may have twice as many, it is shrunk while it is decoded
 # read by content; nothing that runs another program (EPS does), nothing that is no picture to train on
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+# what turns an image upright, by EXIF orientation; ImageOps.exif_transpose also fails on broken neighbours of that tag
+TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+    6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
 HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 
 
@@ -742,26 +761,37 @@ def prepare_image(data: bytes, max_side: int) -> bytes:
     except FailImage:
         raise
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
-        raise FailImage("damaged image", f"{shorten(str(error), 120)}: open it in a viewer, save it again") from error
+        raise FailImage(
+            "damaged image", f"{shorten(str(error) or repr(error), 120)}: open it in a viewer, save it again"
+        ) from error
 
 
 def shrink_image(data: bytes, max_side: int) -> bytes:
     """Return what prepare_image returns; raises FailImage, and what Pillow raises on damaged files."""
-    from PIL import ImageOps
+    from PIL import Image
 
     image = open_image(data)
-    if image.format == "JPEG" and is_ready(image, data, max_side):
+    if is_ready(image, data, max_side):
         return data
     image.draft("RGB", (max_side, max_side))  # a JPEG is decoded at 1/2, 1/4 or 1/8; other formats ignore it
-    ImageOps.exif_transpose(image, in_place=True)
-    image = to_8_bit(image)
-    image.thumbnail((max_side, max_side))
+    image.load()  # TIFF turns itself upright here, and forgets its orientation
+    turn = TURNS.get(read_orientation(image))
+    small = to_8_bit(image)
+    small.thumbnail((max_side, max_side))
     output = BytesIO()
-    flatten(image).save(output, "JPEG", quality=JPEG_QUALITY)
+    flatten(small.transpose(Image.Transpose[turn]) if turn else small).save(output, "JPEG", quality=JPEG_QUALITY)
     return output.getvalue()
 
 
-def open_image(data: bytes) -> Image.Image:
+def read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) when there is none or the EXIF data are broken."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # whatever a broken EXIF block leads to, the picture itself may be fine
+        return 1
+
+
+def open_image(data: bytes) -> ImageFile.ImageFile:
     """Return the image that these bytes are, its pixels not decoded yet."""
     from PIL import Image, UnidentifiedImageError
 
@@ -777,19 +807,24 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def is_ready(image: Image.Image, data: bytes, max_side: int) -> bool:
-    """Return whether a JPEG can go out as its own bytes: upright, RGB, small, whole from start to end marker."""
-    upright = image.getexif().get(0x0112, 1) == 1  # EXIF tag 274, Orientation
-    whole = data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9", -1024) != -1  # phones pad after the end
-    return upright and image.mode == "RGB" and max(image.size) <= max_side and whole
+def is_ready(image: ImageFile.ImageFile, data: bytes, max_side: int) -> bool:
+    """Return whether a file can go out as its own bytes: a JPEG, upright, RGB, small, its end where it should be."""
+    if image.format != "JPEG" or image.mode != "RGB" or max(image.size) > max_side or read_orientation(image) != 1:
+        return False
+    pixels = image.fp.tell() if image.fp else 0  # the end mark of a thumbnail inside the header does not count
+    return data.rfind(b"\xff\xd9", max(pixels, len(data) - 1024)) != -1  # phones pad after the end
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
     """Return the image as RGB, RGBA or L, ready to be resized: a palette cannot be, 16 bits would be clipped."""
     if image.mode == "F" or image.mode.startswith("I"):
-        low, high = image.getextrema() if image.mode == "F" else (0, 65535)
-        scale = 255 / ((high - low) or 1)  # type: ignore[operator]
-        return image.convert("F").point(lambda value: value * scale - low * scale).convert("L")  # type: ignore[operator]
+        low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
+        if not math.isfinite(high - low):
+            raise FailImage("damaged image", "it holds values that are no numbers")
+        if image.mode != "F":  # 10 and 12 bits come in 16 too
+            low, high = 0.0, float(2 ** max(8, int(high).bit_length()) - 1)
+        scale = 255 / ((high - low) or 1)
+        return image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
     if image.has_transparency_data:
         return image.convert("RGBA")
     return image if image.mode in {"RGB", "L"} else image.convert("RGB")
@@ -812,6 +847,8 @@ IMAGE_MARK = "IMAGE"  # stands in the JSON for the image, which is joined in as 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # cheapest first
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")  # the current name, and the one other servers know
 LONGEST_WAIT_S = 600.0
+LONGEST_RETRY_AFTER_S = 30 * 86_400.0  # whatever a server asks for beyond that
+LONGEST_TEXT = 200_000  # characters of an answer that are looked at
 
 Parameters = dict[str, Any]
 
@@ -862,13 +899,22 @@ def build_request(model: str, prompt: str, parameters: Parameters, budget: int, 
     return b"".join((head, image, tail))
 
 
+# "is too large" is about the image or the context, not about the parameter's existence
+REJECTION = (
+    r"(?i)unsupported|not supported|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|forbidden"
+    r"|invalid (?:value|parameter|argument)|does not (?:support|exist)"
+    r"|only the default|must be one of|input should be|supported values"
+)
+
+
 def adapt_parameters(sent: Parameters, error: ErrorReply) -> Parameters | None:
     """Return the parameters without the one that the server rejects, None when that is not what the error says.
 
     The token limit is tried under its other name first, the reasoning effort with the cheapest value on offer.
     """
     said = f"{error.param} {error.message}"
-    name = next((n for n in sent if re.search(rf"(?<!\w){n}(?!\w)", said)), None)
+    named = (n for n in sent if re.search(rf"(?<!\w){n}(?!\w)", said))
+    name = error.param if error.param in sent else next(named, None)
     if name is None or error.status not in {400, 422} or not re.search(REJECTION, f"{error.code} {said}"):
         return None
     rest = {key: value for key, value in sent.items() if key != name}
@@ -879,14 +925,6 @@ def adapt_parameters(sent: Parameters, error: ErrorReply) -> Parameters | None:
         offered = [effort for effort in dearer if re.search(rf"['\"`]{effort}['\"`]", said)]
         return {name: offered[0], **rest} if offered else rest  # upwards only, so that it comes to an end
     return rest
-
-
-# "is too large" is about the image or the context, not about the parameter's existence
-REJECTION = (
-    r"(?i)unsupported|not supported|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|forbidden"
-    r"|invalid (?:value|parameter|argument)|does not (?:support|exist)"
-    r"|only the default|must be one of|input should be|supported values"
-)
 
 
 def error_text(body: Any) -> str:
@@ -927,12 +965,13 @@ def parse_retry_after(headers: Mapping[str, str], now: datetime) -> float:
     for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         with contextlib.suppress(ValueError):
             seconds = float(headers.get(name, "")) * scale
-            return seconds if 0 < seconds < math.inf else 0.0
+            return min(seconds, LONGEST_RETRY_AFTER_S) if seconds > 0 else 0.0
     from email.utils import parsedate_to_datetime
 
     with contextlib.suppress(ValueError, TypeError):
         date = parsedate_to_datetime(headers.get("retry-after", ""))
-        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
+        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
+        return min(max(0.0, seconds), LONGEST_RETRY_AFTER_S)
     return 0.0
 
 
@@ -941,11 +980,14 @@ def parse_error(status: int, text: str, retry_after_s: float = 0.0) -> ErrorRepl
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
-        title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+        title = re.search(r"(?is)<title[^>]*>(.*?)</title>", text[:4000])
         body = title[1] if title else re.sub(r"<[^>]*>", " ", text[:4000])
     inner = error_object(body)
     code = " ".join(str(inner[key]) for key in ("code", "type", "status") if inner.get(key))
-    message = shorten(error_text(body)) or code or "an error without a message"
+    try:
+        message = shorten(error_text(body)) or code or "an error without a message"
+    except RecursionError:
+        message = "an error too deep to be read"
     return ErrorReply(status, message, code, str(inner.get("param") or ""), retry_after_s)
 
 
@@ -972,19 +1014,22 @@ def parse_reply(text: str) -> Reply | ErrorReply:
 def read_choice(choice: Mapping[str, Any], usage: Any) -> Reply:
     """Return the reply of a completion's first choice."""
     message = choice["message"]
-    content = message.get("content") or ""
+    content = message.get("content")
     if isinstance(content, list):  # some servers answer in parts, as they are asked
-        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        parts = [
+            part for part in content if isinstance(part, dict) and part.get("type", "text") in {"text", "output_text"}
+        ]
+        content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
     usage = usage if isinstance(usage, dict) else {}
     counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
     details = usage.get("completion_tokens_details")
     reasoning = message.get("reasoning") or message.get("reasoning_content")  # Ollama, vLLM; LM Studio, llama.cpp
     return Reply(
-        content=str(content),
+        content=content[:LONGEST_TEXT] if isinstance(content, str) else "",
         finish_reason=str(choice.get("finish_reason") or ""),
         refusal=str(message.get("refusal") or ""),
         has_reasoning=bool(reasoning or (isinstance(details, dict) and details.get("reasoning_tokens"))),
-        usage=Usage(*(n if isinstance(n, int) else 0 for n in counts)),
+        usage=Usage(*(n if isinstance(n, int) and 0 <= n < 10**9 else 0 for n in counts)),
     )
 
 
@@ -992,10 +1037,12 @@ def read_choice(choice: Mapping[str, Any], usage: Any) -> Reply:
 OUT_OF_MONEY = r"(?i)insufficient_quota|credit_balance|(?:spend|usage)_limit_exceeded|billing"
 POLICY = r"(?i)content_?policy|content_?filter|invalid_prompt|moderation|flagged|safety system"
 NO_VISION = (
-    r"(?i)image inputs? (?:is|are) not supported|does(?:n't| not) support (?:image inputs?|images|vision)\b"
+    r"(?i)image inputs? (?:is|are) not supported|image_url.{0,40}only supported by"
+    r"|does(?:n't| not) support (?:image inputs?|images|vision)\b"
     r"|not a multimodal model|support image input|mmproj"
 )
-NO_MODEL = r"(?i)model_not_found|model .{0,80}(?:not found|does not exist)|not a valid model|invalid model"
+NO_MODEL = r"(?i)model_not_found|model .{0,80}(?:not found|not exist)|not a valid model|invalid model"
+NO_KEY = r"(?i)(?:invalid|incorrect|missing|no) api[ _-]?key|api[ _-]?key (?:is )?(?:not valid|invalid|missing)"
 TOO_LARGE = r"(?i)maximum usage size|patches|request too large|payload too large"
 STOPS = {
     401: "the key was refused; check OPENAI_API_KEY (it goes to the server that OPENAI_BASE_URL names)",
@@ -1024,10 +1071,14 @@ def judge_error(error: ErrorReply, now: datetime, *, first: bool) -> StopRun | F
         return FailImage("refused", f"{shown}; caption it by hand or with another model")
     if status in {400, 413, 429} and re.search(TOO_LARGE, said):
         return FailImage("image too large", f"{shown}; lower GETCAP_MAX_SIDE", by_server=True)
-    if status in {400, 429} and re.search(OUT_OF_MONEY, error.code):
+    if status in {400, 403, 429} and re.search(OUT_OF_MONEY, error.code):
         return StopRun(
             f"the account is out of money or at its limit: {shown}; look at its billing page, then run again"
         )
+    if status == 400 and re.search(NO_KEY, said):
+        return StopRun(f"{STOPS[401]}: {shown}")
+    if 300 <= status < 400:  # following it would send key and images to who knows where
+        return StopRun(f"the server sends requests elsewhere; set OPENAI_BASE_URL to the address it means: {shown}")
     if status == 400 and re.search(NO_MODEL, said):
         return StopRun(f"{STOPS[404]}: {shown}")
     if status in STOPS:
@@ -1052,24 +1103,28 @@ def backoff_s(attempt: int, factor: float, retry_after_s: float, jitter: float) 
     return max(backoff, retry_after_s + jitter if retry_after_s else 0.0)
 
 
-THINKING = "(?:think|thinking|thought|reasoning)[>▷]"
-REASONING = rf"(?is)[<◁]{THINKING}.*?[<◁]/{THINKING}|.*[<◁]/{THINKING}|[<◁]{THINKING}.*"  # whole, unopened, unclosed
+# reasoning in the marks of Qwen, DeepSeek, Kimi, Magistral, Cohere, Seed and others, opened or closed
+THINKING = (
+    r"(?i)[<◁\[](?P<close>/?)(?:think|thinking|thoughts?|reasoning|analysis|seed:think)\s*[>▷\]]"
+    r"|<\|(?:START|(?P<end>END))_THINKING\|>|(?P<done>\.\.\.done thinking\.)"
+)
+FINAL = "<|channel|>final<|message|>"  # gpt-oss: what comes before is analysis
 SPECIAL_TOKENS = r"<\|\w+\|>|</?s>"  # a template's own marks, <|begin_of_box|> or <|im_end|>
-FENCE = r"(?s)```[\w-]*\s*\n(.*?)\n?\s*```"
-LINE_MARKS = r"(?m)^[ \t]*(?:#{1,6}|[-*•>])[ \t]+"
-# marks around words, not the asterisks of a slogan inside quotes or of 5 * 3
-EMPHASIS = r"(?<![\w\"“'*_])(\*{1,3}|__)(?=[^\s*_])([^*\n]+?)(?<=[^\s*_])\1(?![\w*_]|\.\w)"
+FENCE = r"(?s)```[\w-]*\n(.*)\n```"
+LINE_MARKS = r"(?m)^(?:#{1,6}|[-*•>]) "
+QUOTED = r"(\"[^\"]{0,500}\"|“[^”“]{0,500}”)"
+EMPHASIS = r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]{1,300})(?<=[^\s*])\1(?![\w*])"  # around words, not 5 * 3
 ABOUT = r"(?:captions?|descriptions?|prompts?|tags|sentence)"
 OPENING = (
     r"(?i)(?:(?:sure|certainly|of course|absolutely|okay|ok|great)\b[^\w\n]*\s*)?"
-    rf"(?:(?:here(?:\s+is|\s+are|['’]s)|below is|this is)\b[^:.\n]{{0,80}}?\b{ABOUT}\b[^:.\n]{{0,80}}(?::\s*|\n+)"
+    rf"(?:(?:here(?:\s+is|\s+are|['’]s)|below is)\b[^:.\n]{{0,80}}?\b{ABOUT}\b[^:.\n]{{0,80}}(?::\s*|\n+)"
     rf"|(?:(?:image|photo|suggested|final|training)\s+)?{ABOUT}(?:\s*:\s*|\s*\n+))"
 )
 CLOSING = (
-    r"(?is)\n\s*(?:let me know|feel free|would you like|i hope|hope this"
+    r"(?is)(?<=[.!?\"”])\n(?:let me know|feel free|would you like|i hope|hope this"
     r"|if you(?:['’]d| would)? (?:like|want|need))\b.*\Z"
 )
-INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff]"  # controls, BOM, half characters
+INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\u2060\ufeff\ud800-\udfff]"  # controls, BOM, half characters
 QUOTES = {'"': '"', "“": "”", "«": "»", "'": "'", "‘": "’", "「": "」", "`": "`"}
 
 
@@ -1081,46 +1136,74 @@ def unquote(text: str) -> str:
     inner = text[1:-1]
     # the next quote inside must open another quotation, or be an apostrophe: else the first one closed before the end
     following = re.search(rf"(?<!\w){re.escape(close)}|{re.escape(close)}(?!\w)", inner)
-    opens = following and (following.start() == 0 or inner[following.start() - 1].isspace())
+    opens = following and close != "'" and (following.start() == 0 or inner[following.start() - 1].isspace())
     return text if following and not opens else inner.strip()
+
+
+def strip_reasoning(text: str) -> str:
+    """Return what a model says after its reasoning; blank when it was still at it."""
+    if FINAL in text or "<|channel|>" in text:
+        return text.rpartition(FINAL)[2] if FINAL in text else ""
+    marks = list(re.finditer(THINKING, text))
+    ends = [mark for mark in marks if mark["close"] or mark["end"] or mark["done"]]
+    if ends:
+        return text[ends[-1].end() :]
+    return "" if marks and not text[: marks[0].start()].strip() else text  # a T-shirt may well read "<think>"
 
 
 def clean_caption(content: str) -> str:
     """Return an answer as one trimmed line: without reasoning, fences, openings, markdown and invisible characters."""
-    text = re.sub(REASONING, "", content)
-    text = re.sub(INVISIBLE, "", re.sub(SPECIAL_TOKENS, "", text)).strip()
+    text = re.sub(INVISIBLE, "", re.sub(SPECIAL_TOKENS, "", strip_reasoning(content)))
+    text = "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
     if fenced := re.fullmatch(FENCE, text):
         text = fenced[1]
-    text = re.sub(EMPHASIS, r"\2", re.sub(LINE_MARKS, "", text))
-    before = None
-    while text != before:
-        before = text
+    text = re.sub(LINE_MARKS, "", text)
+    for _ in range(3):  # an opening in quotes, quotes after an opening
         text = unquote(re.sub(CLOSING, "", text).strip())
+        # what is quoted is copied from the image, asterisks and all
+        parts = re.split(QUOTED, text)
+        text = "".join(part if n % 2 else re.sub(EMPHASIS, r"\2", part) for n, part in enumerate(parts))
         if opening := re.match(OPENING, text):
             text = text[opening.end() :]
     return " ".join(text.split())
 
 
-# What answers instead of captioning, by language. Tried at the start only: a caption may quote any of these words.
-CANNOT = r"(?:can(?:not|['’]?t| not)|couldn['’]?t|won['’]?t|will not|must decline|(?:am|are) (?:not able|unable))"
+# What answers instead of captioning, by language. Tried at the start only, since a caption may quote any of these,
+# and in lower case but for the first letter: a title may read "I Can't Believe It".
+CANNOT = (
+    r"(?:can(?:not|['’]?t| not)|couldn['’]?t|won['’]?t|will not|must (?:\w+ )?decline|(?:am|are) (?:not able|unable))"
+)
 REFUSALS = (
-    rf"(?:(?:unfortunately|apologies|sorry|regrettably)[,.!]? (?:but )?)?(?:i|we) {CANNOT}\b",
-    r"(?:i|we)(?:['’](?:m|re)| am| are) (?:\w+ )?(?:sorry|afraid|unable|not able|not allowed|not comfortable)\b",
-    r"i (?:apologi[sz]e|do not|don['’]t)\b|my apologies\b|as an? (?:ai|language model)\b",
-    r"(?:please|kindly) (?:provide|upload|attach|share)\b|no image (?:was|is|has been) (?:provided|attached|uploaded)",
+    rf"(?:(?:unfortunately|apologies|sorry|regrettably|thank you for [^,.]{{0,40}})[,.!]? (?:but )?)?"
+    rf"(?:i|I|we) {CANNOT}\b",
+    r"(?:i|we)(?:['’](?:m|re)| am| are) (?:\w+ )?(?:sorry|afraid)(?=[,.!;:]|$| (?:but|i|I|that|about|for|to|we)\b)",
+    r"(?:i|we)(?:['’](?:m|re)| am| are) (?:unable|not (?:able|allowed|comfortable|going))\b",
+    r"i (?:apologi[sz]e|do not|don['’]t)\b|my apologies\b|as an? (?:\w+ ){0,2}(?:ai|AI|language model)\b",
+    r"unable to (?:process|assist|help|describe|comply|fulfil)|your request was rejected",
+    r"(?:please|kindly) (?:provide|upload|attach|share) |(?:there (?:is|was) )?no image (?:was |is |has been )?"
+    r"(?:provided|attached|uploaded)",
     r"it (?:seems|looks like|appears)\b.{0,40}\b(?:no image|image (?:was|is|did) ?n)",
     r"(?:es )?tut mir (?:sehr )?leid\b|ich kann\b.{0,60}\bnicht\b|leider (?:kann|darf) ich\b|entschuldigung,",
     r"(?:je suis )?(?:vraiment )?désolée?\b|je ne (?:peux|suis|puis)\b|malheureusement,? je\b",
     r"lo (?:siento|lamento)\b|no puedo\b|lamentablemente,? no\b",
     r"sinto muito\b|desculpe\b|lamento,? mas\b|(?:infelizmente,? )?não posso\b",
-    r"mi dispiace\b|(?:purtroppo,? )?non posso\b|het spijt me\b|(?:sorry,? )?ik kan\b.{0,60}\bniet\b",
+    r"mi (?:dispiace|scuso)\b|(?:purtroppo,? )?non posso\b|het spijt me\b|(?:sorry,? )?ik kan\b.{0,60}\bniet\b",
     r"przykro mi\b|przepraszam\b|(?:niestety,? )?nie mogę\b|üzgünüm\b|maalesef\b",
     r"к сожалению\b|извините\b|простите\b|мне (?:очень )?жаль\b|я не могу\b",
-    r"(?:很|非常|十分)?(?:抱歉|对不起|對不起)|我(?:无法|無法|不能|没办法)|申し訳|すみません|ごめんなさい|죄송|미안",
+    r"(?:很|非常|十分)?(?:抱歉|对不起|對不起)|我?(?:无法|無法)(?:识别|描述|处理|協助|协助)|我(?:无法|無法|不能|没办法)",
+    r"作为一个?.{0,6}(?:AI|模型|助手)",
+    r"申し訳|すみません|ごめんなさい|죄송|미안",
 )
-REFUSAL = "(?i)" + "|".join(f"(?:{pattern})" for pattern in REFUSALS)
-ERROR_TEXT = r"(?i)(?:\w*error|exception)(?: code)?(?: \d+)?\s*:|traceback \(|http \d{3}\b|\{\s*[\"']error"
-WEB_PAGE = r"(?i)<(?:!doctype|html|head|body)\b"
+REFUSAL = "|".join(f"(?:{pattern})" for pattern in REFUSALS)
+ERROR_TEXT = (
+    r"(?i)\W*(?:(?:\w*error|exception)(?: code)?(?: \d+)?\s*[:\]]|traceback \(|an? (?:\w+ )?error (?:has )?occurred"
+    r"|(?:http )?(?:\d{3} )?(?:internal server error|bad gateway|service unavailable|gateway time-?out)"
+    r"|too many requests|rate limit (?:exceeded|reached))|\{\s*[\"']"
+)
+WEB_PAGE = r"(?is)(?:<!--.*?-->\s*)?<(?:!doctype|html|head|body|title|center|h1|\?xml)\b|<\?xml"
+CUT_OFF = r"(?i)length|max_?tokens"  # model_length is Mistral's
+FILTERED = r"(?i)content_?filter|safety|prohibited|recitation|blocklist"
+BROKEN_OFF = r"(?i)error|abort|timeout|cancel"  # OpenRouter's and vLLM's
 
 
 def is_looping(text: str) -> bool:
@@ -1134,25 +1217,26 @@ def is_looping(text: str) -> bool:
         tail = words[-length:]
         if len(tail) == length and tail == tail[:size] * (length // size):
             return True
-    return False
+    return bool(re.search(r"(\S{1,20}?)\1{29,}\W*$", text[-700:]))  # scripts without spaces
 
 
 def judge_reply(reply: Reply) -> str:
     """Return the caption that an answer holds, one clean line; raises FailImage when it is none."""
     text = clean_caption(reply.content)
     by_hand = "caption it by hand or with another model"
-    if reply.refusal or reply.finish_reason == "content_filter" or re.match(REFUSAL, text):
-        raise FailImage(
-            "refused", f"{shorten(reply.refusal or text or 'filtered by the server', 120).rstrip('.')}; {by_hand}"
-        )
+    if reply.refusal or re.search(FILTERED, reply.finish_reason) or re.match(REFUSAL, text[:1].lower() + text[1:]):
+        said = shorten(reply.refusal or text or "filtered by the server", 120).rstrip(".")
+        raise FailImage("refused", f"{said}; {by_hand}")
     if is_looping(text):
-        raise FailImage("looping", f"…{text[-60:]}; try GETCAP_TEMPERATURE=0.7 or another model")
-    if reply.finish_reason == "length":
+        raise FailImage("looping", f"…{shorten(text[-60:])}; try GETCAP_TEMPERATURE=0.7 or another model")
+    if re.search(CUT_OFF, reply.finish_reason):
         raise CutOff("cut off", "")
+    if re.search(BROKEN_OFF, reply.finish_reason):
+        raise TryAgain("broken answer", f"the server broke off ({shorten(reply.finish_reason, 40)})")
     if re.match(WEB_PAGE, text) or re.match(ERROR_TEXT, text):
         raise FailImage("error text", f"{shorten(text, 120)}; look at the server", by_server=True)
-    if not any(c.isalnum() for c in text):
-        if reply.has_reasoning or re.search(REASONING, reply.content):
+    if not any(c.isalnum() for c in text) or text.lower() in {"null", "none", "n/a", "undefined"}:
+        if reply.has_reasoning or re.search(THINKING, reply.content) or "<|channel|>" in reply.content:
             raise FailImage("reasoning only", "set GETCAP_REASONING_EFFORT=none, or raise GETCAP_MAX_TOKENS")
         raise FailImage("empty", f"the answer holds no words; run again, or {by_hand}")
     return text
@@ -1221,7 +1305,7 @@ def open_client(settings: Settings) -> AsyncOpenAI:
         base_url=settings.base_url,
         max_retries=0,
         timeout=Timeout(settings.timeout, connect=min(15.0, settings.timeout)),
-        http_client=DefaultAioHttpClient(),  # twice as fast as the other; benchmarks/README.md
+        http_client=DefaultAioHttpClient(follow_redirects=False),  # twice as fast as the other; benchmarks/README.md
     )
 
 
@@ -1284,12 +1368,13 @@ class Asker:
         raise FailImage("cut off", f"also with {2 * tokens} tokens; set GETCAP_MAX_TOKENS={4 * tokens} or ask for less")
 
     async def _attempt(self, path: str, image: bytes, budget: int) -> str:
-        """Ask once; more often only while the server rejects a parameter, each of which can happen once."""
+        """Ask once; once more for each parameter that the server rejects, of which there are only so many."""
         while True:
             sent = self._parameters
             await self._throttle.turn()
             log.debug("%s: asking, %d KB", printable(path), len(image) // 1000)
-            answer = await self._post(build_request(self._settings.model, self._prompt, sent, budget, image))
+            body = build_request(self._settings.model, self._prompt, sent, budget, image)
+            answer = self._without_key(await self._post(body))
             if isinstance(answer, Reply):
                 self._proven = True
                 self.usage += answer.usage
@@ -1311,19 +1396,25 @@ class Asker:
                 response = await self._client.post(
                     "/chat/completions", cast_to=openai.HttpxBinaryResponseContent, content=body
                 )
-                return parse_reply(self._hide_key(response.text))
+                return parse_reply(response.content.decode(errors="replace"))  # JSON is UTF-8, whatever a header says
         except openai.APIStatusError as error:
             wait_s = parse_retry_after(error.response.headers, datetime.now(UTC))
-            return parse_error(error.status_code, self._hide_key(error.response.text), wait_s)
+            return parse_error(error.status_code, error.response.content.decode(errors="replace"), wait_s)
         except (openai.APIConnectionError, aiohttp.ClientError) as error:  # the SDK passes on some of the latter
             return describe_broken_connection(error, self._settings.host)
         except TimeoutError:
             return ErrorReply(0, f"no answer within {self._settings.timeout:g} s (GETCAP_TIMEOUT)")
+        except (ValueError, TypeError) as error:  # an address or header that cannot be sent
+            return ErrorReply(0, f"cannot ask {self._settings.host}: {shorten(str(error), 120)}", "unreachable")
 
-    def _hide_key(self, text: str) -> str:
-        """Return what a server sent without the key, which some repeat in their errors."""
+    def _without_key(self, answer: Reply | ErrorReply) -> Reply | ErrorReply:
+        """Return an answer without the key, which some servers repeat in their errors."""
         key = self._settings.api_key
-        return text.replace(key, "[key]") if len(key) > 12 else text  # "ollama" is no secret, and a word
+        if len(key) < 6 or key.isalpha():  # "ollama" is no secret, and a word of captions
+            return answer
+        texts = {f.name: value for f in dataclasses.fields(answer) if isinstance(value := getattr(answer, f.name), str)}
+        hidden: dict[str, Any] = {name: value.replace(key, "[key]") for name, value in texts.items()}
+        return dataclasses.replace(answer, **hidden)
 
     def _wait_s(self, state: RetryCallState) -> float:
         import random
@@ -1348,7 +1439,7 @@ class Asker:
 
 LARGEST_FILE = 256 * 1024 * 1024
 TEMPORARY = ".gc-"  # trainers pass over names that begin with a dot
-_numbers = itertools.count()
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}  # what no other caption would escape
 
 
 def open_regular(path: str, flags: int) -> int:
@@ -1376,7 +1467,7 @@ async def read_image(path: str) -> bytes:
 
 def is_abandoned(name: str, modified: float, now: float) -> bool:
     """Return whether a temporary file was left by a run that died: each lives for milliseconds."""
-    owner = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-\d+", name)
+    owner = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-\w+", name)
     if owner is None:
         return False
     if now - modified > 60:
@@ -1389,7 +1480,7 @@ def is_abandoned(name: str, modified: float, now: float) -> bool:
         return True
     except (OSError, OverflowError):
         return False
-    return int(owner[1]) == os.getpid()  # a container's processes have the same number each time
+    return int(owner[1]) == os.getpid() and now - modified > 2  # a container's processes have the same number each time
 
 
 def prepare_folder(folder: str) -> str:
@@ -1420,17 +1511,19 @@ def has_caption(path: str) -> bool:
         return True
 
 
-def replace_file(source: str, target: str) -> None:
-    """Rename over the target. On Windows a virus scanner or indexer may hold it for a moment."""
-    if os.name != "nt":
-        os.replace(source, target)
-        return
-    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
-
-    retrying = Retrying(
-        retry=retry_if_exception_type(PermissionError), wait=wait_fixed(0.05), stop=stop_after_delay(0.5), reraise=True
-    )
-    retrying(os.replace, source, target)
+def put_in_place(temporary: str, path: str) -> bool:
+    """Give a whole file its name; False when a caption has come to stand there. Raises OSError."""
+    try:
+        os.link(temporary, path)  # unlike a rename it never replaces anything
+    except OSError as error:  # a blank caption stands there, or the file system has no hard links
+        if error.errno in NO_ROOM:
+            raise
+    else:
+        return True
+    if has_caption(path):
+        return False
+    os.replace(temporary, path)
+    return True
 
 
 def write_caption(path: str, text: str) -> bool:
@@ -1439,16 +1532,13 @@ def write_caption(path: str, text: str) -> bool:
     Raises OSError. The name is taken only when the bytes are on the disk; permissions are what the umask gives,
     so that a trainer of another user can read it.
     """
-    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}{os.getpid()}-{next(_numbers)}")
+    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if has_caption(path):
-            return False
-        replace_file(temporary, path)
-        return True
+        return put_in_place(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -1495,12 +1585,12 @@ class Report:
         self.left = 0  # images that --limit or an early end leaves for the next run
         self.usage = Usage()
         self.ended_by: StopRun | signal.Signals | None = None
-        self._in_a_row: Counter[str] = Counter()
+        self._in_a_row: deque[str] = deque(maxlen=MOST_FAILURES_IN_A_ROW)  # reasons
         self._started = started
         self._stream = stream
 
     def record(self, outcome: Outcome) -> None:
-        """Count one outcome, and write it to the report file."""
+        """Count one outcome, and write it to the report file; what failed is said at once, with what to do about it."""
         self.recorded += 1
         if isinstance(outcome, Skipped):
             self.skipped[outcome.reason] += 1
@@ -1510,14 +1600,16 @@ class Report:
             self._in_a_row.clear()
         else:
             self.failed.append(outcome)
+            log.error("%s: %s: %s", printable(outcome.path), outcome.reason, outcome.detail)
             if outcome.by_server:
-                self._in_a_row = Counter({outcome.reason: self._in_a_row[outcome.reason] + 1})
+                self._in_a_row.append(outcome.reason)
         self._write_line(outcome)
 
     @property
     def same_failure(self) -> str:
         """The server's error that ended the last ten images, none having succeeded in between; else nothing."""
-        return next((reason for reason, n in self._in_a_row.items() if n >= MOST_FAILURES_IN_A_ROW), "")
+        full = len(self._in_a_row) == MOST_FAILURES_IN_A_ROW
+        return self._in_a_row[0] if full and len(set(self._in_a_row)) == 1 else ""
 
     @property
     def exit_code(self) -> int:
@@ -1571,103 +1663,72 @@ class Report:
             item = {"outcome": "captioned", "image": item.job.image, "file": item.job.caption, "caption": item.text}
         elif isinstance(item, Failed):
             item = {"outcome": "failed", "image": item.path, "reason": item.reason, "detail": item.detail}
-        self._stream.write(json.dumps(item) + "\n")  # ASCII: names may hold bytes that are no text
-        self._stream.flush()
+        try:
+            self._stream.write(json.dumps(item) + "\n")  # ASCII: names may hold bytes that are no text
+            self._stream.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._stream.close()  # else what is buffered fails once more at the end
+            self._stream = None
+            self.failed.append(Failed("--report", "report not written", str(error.strerror)))
+            log.error("--report: not written any further: %s; the run goes on", error.strerror)  # noqa: TRY400
 
 
-class Progress:
-    """Shows how far the run is: a bar on a terminal, a line every 30 s or 5 % elsewhere."""
+@contextlib.contextmanager
+def show_progress(total: int, report: Report, *, quiet: bool) -> Iterator[Callable[[], None]]:
+    """Show how far the run is: a bar on a terminal, a line every 30 s or 5 % elsewhere; yields what counts one more."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    def __init__(self, total: int, report: Report, *, quiet: bool) -> None:
-        from tqdm import tqdm
-        from tqdm.contrib.logging import logging_redirect_tqdm
+    bar = tqdm(total=total, unit="image", file=sys.stderr, disable=quiet or None, dynamic_ncols=True)
+    failed_before = len(report.failed)
+    done, started, said_at = 0, time.monotonic(), time.monotonic()
 
-        self._bar = tqdm(total=total, unit="image", file=sys.stderr, disable=quiet or None, dynamic_ncols=True)
-        self._logging = logging_redirect_tqdm([log])
-        self._total = total
-        self._report = report
-        self._before = report.recorded
-        self._failed_before = len(report.failed)
-        self._started = self._said_at = time.monotonic()
-        self._said_share = 0
+    def update() -> None:
+        nonlocal done, said_at
+        done += 1
+        failed, tokens = len(report.failed) - failed_before, f"{report.usage.prompt + report.usage.answer:,}"
+        bar.set_postfix(failed=failed, tokens=tokens, refresh=False)
+        bar.update(1)
+        now = time.monotonic()
+        if bar.disable and (20 * done // total > 20 * (done - 1) // total or now - said_at >= 30):
+            said_at, rate = now, done / max(now - started, 1e-9)
+            left = timedelta(seconds=round((total - done) / rate))
+            log.info("%d of %d, %d failed, %.1f a second, %s left, %s tokens", done, total, failed, rate, left, tokens)
 
-    def __enter__(self) -> Self:
-        if not self._bar.disable:
-            self._logging.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._bar.disable:
-            self._logging.__exit__(kind, error, trace)
-        self._bar.close()
-
-    def update(self) -> None:
-        """Show one more image."""
-        report = self._report
-        done, tokens = report.recorded - self._before, report.usage.prompt + report.usage.answer
-        failed = len(report.failed) - self._failed_before
-        self._bar.set_postfix(failed=failed, tokens=f"{tokens:,}", refresh=False)
-        self._bar.update(1)
-        now, share = time.monotonic(), 20 * done // self._total
-        if not self._bar.disable or (share == self._said_share and now - self._said_at < 30):
-            return
-        self._said_at, self._said_share = now, share
-        rate = done / max(now - self._started, 1e-9)
-        left = timedelta(seconds=round((self._total - done) / rate)) if rate else "?"
-        log.info(
-            "%d of %d, %d failed, %.1f a second, %s left, %s tokens",
-            done,
-            self._total,
-            failed,
-            rate,
-            left,
-            f"{tokens:,}",
-        )
+    with bar, logging_redirect_tqdm([log]) if not bar.disable else contextlib.nullcontext():
+        yield update
 
 
 # ------------------------------------------------------------------------------------------ Commands, main
 
 
-class LogFormatter(logging.Formatter):
-    """Log lines carry time, worker name, level and message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line of one record."""
-        try:
-            task = asyncio.current_task()
-        except RuntimeError:
-            task = None
-        worker = task.get_name() if task and task.get_name().startswith("worker-") else "main"
-        line = f"{self.formatTime(record, '%H:%M:%S')} {worker:9} {record.levelname:7} {record.getMessage()}"
-        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+def add_worker(record: logging.LogRecord) -> bool:
+    """Give a log record the name of the worker it comes from."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    record.worker = task.get_name() if task and task.get_name().startswith("worker-") else "main"
+    return True
 
 
 def set_up_logging(settings: Settings) -> None:
     """Send this tool's log to stderr, at the level asked for; libraries keep theirs."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter())
-    log.handlers = [handler]
-    log.propagate = False
+    handler.setFormatter(logging.Formatter("%(asctime)s %(worker)-9s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    log.handlers, log.filters, log.propagate = [handler], [add_worker], False
     log.setLevel("DEBUG" if settings.verbose else "WARNING" if settings.quiet else settings.log_level)
-
-
-def record(report: Report, outcome: Outcome) -> None:
-    """Count an outcome; what failed is said at once, with what to do about it."""
-    if isinstance(outcome, Failed):
-        log.error("%s: %s: %s", printable(outcome.path), outcome.reason, outcome.detail)
-    report.record(outcome)
 
 
 class Captioner:
     """Takes one job from image file to caption file."""
 
-    def __init__(self, settings: Settings, asker: Asker, report: Report, progress: Progress) -> None:
+    def __init__(self, settings: Settings, asker: Asker, report: Report, update: Callable[[], None]) -> None:
         self._settings = settings
         self._asker = asker
         self._report = report
-        self._progress = progress
+        self._update = update
         # no more images are decoded at once than there are processors: memory would grow, speed would not
         load_pillow()
         self._decoders = asyncio.Semaphore(os.cpu_count() or 1)
@@ -1679,17 +1740,16 @@ class Captioner:
         except FailImage as error:
             later = "; run again later" if isinstance(error, TryAgain) else ""
             outcome = Failed(job.image, error.reason, error.detail + later, error.by_server)
-        except (StopRun, asyncio.CancelledError):
+        except StopRun:
             raise
         except Exception as error:  # a fault of this program must not end the run either
             log.debug("%s: unexpected", printable(job.image), exc_info=True)
-            outcome = Failed(
-                job.image, "unexpected", f"{type(error).__name__}: {shorten(str(error))}; please report it (-v)"
-            )
+            detail = f"{type(error).__name__}: {shorten(str(error))}; please report it (-v)"
+            outcome = Failed(job.image, "unexpected", detail, by_server=True)
         finally:
             self._report.usage = self._asker.usage
-        record(self._report, outcome)
-        self._progress.update()
+        self._report.record(outcome)
+        self._update()
         if reason := self._report.same_failure:
             raise StopRun(
                 f"{MOST_FAILURES_IN_A_ROW} images in a row ended in {reason}; look at the server, then run again"
@@ -1708,9 +1768,11 @@ class Captioner:
         except OSError as error:
             log.error("%s: not written: %s; the answer was: %s", printable(job.caption), error.strerror, text)  # noqa: TRY400
             folder = printable(os.path.dirname(job.caption))
-            raise StopRun(
-                f"{folder}: captions cannot be written: {error.strerror}; mend that, then run again"
-            ) from error
+            if error.errno in NO_ROOM:
+                raise StopRun(
+                    f"{folder}: captions cannot be written: {error.strerror}; mend that, then run again"
+                ) from error
+            raise FailImage("not written", f"{printable(job.caption)}: {error.strerror}") from error
         log.debug("%s: %s", printable(job.image), text)
         return Written(job, text) if written else Skipped(job.image, "has a caption by now")
 
@@ -1722,10 +1784,12 @@ class Captioner:
 def end_on_signals(stop: Stop) -> Iterator[None]:
     """Let the first Ctrl-C or SIGTERM end the run in order, the second at once."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    received: list[int] = []
 
     def end(number: int) -> None:
-        if stop.cause is not None and task:
+        if received and task:
             task.cancel()
+        received.append(number)
         stop.set(signal.Signals(number))
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
@@ -1744,12 +1808,15 @@ async def caption_images(settings: Settings, recipe: Recipe, jobs: Sequence[Job]
     """Caption the images of a plan; the report has the outcomes, and why the run ended early if it did."""
     stop = Stop()
     before = report.recorded
-    with Progress(len(jobs), report, quiet=log.level > logging.INFO) as progress, end_on_signals(stop):
+    with show_progress(len(jobs), report, quiet=log.level > logging.INFO) as update, end_on_signals(stop):
         try:
             async with open_client(settings) as client:
                 asker = Asker(client, settings, recipe, stop)
-                captioner = Captioner(settings, asker, report, progress)
+                captioner = Captioner(settings, asker, report, update)
                 await run_pool(iter(jobs), captioner.handle, settings.thread_pool, stop)
+        except (OSError, ValueError, ImportError) as error:  # the connection's own settings
+            detail = f"{type(error).__name__}: {shorten(str(error), 120)}"
+            stop.set(StopRun(f"no connection can be set up: {detail}; check HTTPS_PROXY and SSL_CERT_FILE"))
         finally:
             report.ended_by = stop.cause
             report.left += len(jobs) - (report.recorded - before)
@@ -1760,7 +1827,7 @@ def plan_run(settings: Settings, image_dir: Path, report: Report) -> list[Job]:
     jobs: list[Job] = []
     for item in plan_folder(image_dir, settings.caption_dir, settings.caption_ext):
         if not isinstance(item, Job):
-            record(report, item)
+            report.record(item)
         elif settings.limit is None or len(jobs) < settings.limit:
             jobs.append(item)
         else:
@@ -1768,33 +1835,30 @@ def plan_run(settings: Settings, image_dir: Path, report: Report) -> list[Job]:
     return jobs
 
 
-def prepare_folders(root: Path, jobs: list[Job], report: Report) -> list[Job]:
+def prepare_folders(jobs: list[Job], report: Report) -> list[Job]:
     """Make all caption folders ready and return the jobs whose captions can be kept; the report has the others."""
-    folders = {str(root), *(os.path.dirname(job.caption) for job in jobs)}
-    problems = {folder: problem for folder in sorted(folders) if (problem := prepare_folder(folder))}
-    if str(root) in problems:
+    folders = sorted({os.path.dirname(job.caption) for job in jobs})
+    problems = {folder: problem for folder in folders if (problem := prepare_folder(folder))}
+    if len(problems) == len(folders):
         report.left += len(jobs)
-        report.ended_by = StopRun(f"{printable(str(root))}: captions cannot be kept there: {problems[str(root)]}")
+        report.ended_by = StopRun(f"{printable(folders[0])}: captions cannot be kept there: {problems[folders[0]]}")
         log.error("%s", report.ended_by)
         return []
     for job in jobs:
         folder = os.path.dirname(job.caption)
         if folder in problems:
-            record(report, Failed(job.image, "caption folder", f"{printable(folder)}: {problems[folder]}"))
+            report.record(Failed(job.image, "caption folder", f"{printable(folder)}: {problems[folder]}"))
     return [job for job in jobs if os.path.dirname(job.caption) not in problems]
 
 
-def run_captions(settings: Settings, report: Report) -> None:
+def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
     """Caption what has no caption yet."""
-    image_dir = check_folders(settings)
-    check_key(settings)
-    recipe = read_recipe(settings)
     log_recipe(settings, recipe)
     jobs = plan_run(settings, image_dir, report)
     if not jobs:
         log.info("nothing to caption below %s", printable(str(image_dir)))
         return
-    jobs = prepare_folders(settings.caption_dir or image_dir, jobs, report)
+    jobs = prepare_folders(jobs, report)
     if not jobs:
         return
     pool = settings.thread_pool
@@ -1813,38 +1877,42 @@ def log_recipe(settings: Settings, recipe: Recipe) -> None:
         log.warning("OPENAI_BASE_URL is plain http: the key and the images can be read on the way to %s", settings.host)
 
 
-def run_plan(settings: Settings, report: Report) -> None:
-    """Print what a run would do, one image a line; open no connection, write nothing."""
+def show_plan(settings: Settings) -> int:
+    """Print what a run would do, one image a line, and return the exit code; open no connection, write nothing."""
     if settings.report:
         raise SettingsError("--report: tells what a run did; --dry-run prints what it would do, and writes nothing")
     image_dir = check_folders(settings)
     log_recipe(settings, read_recipe(settings))
-    jobs = 0
+    counts = dict.fromkeys(("to caption", "skipped", "left by --limit", "cannot be captioned"), 0)
     for item in plan_folder(image_dir, settings.caption_dir, settings.caption_ext):
         match item:
-            case Job():
-                jobs += 1
-                what = "to caption" if settings.limit is None or jobs <= settings.limit else "left by --limit"
-                print(f"{printable(item.image)}: {what} -> {printable(item.caption)}")
-            case Skipped():
-                print(f"{printable(item.path)}: skipped: {item.reason}")
-                report.record(item)
-            case Failed():
-                print(f"{printable(item.path)}: {item.reason}: {item.detail}")
-                report.record(item)
-    to_caption = min(jobs, settings.limit or jobs)
-    print(f"To caption {to_caption:,}, skipped {report.skipped.total():,}, left by --limit {jobs - to_caption:,}, "
-          f"cannot be captioned {len(report.failed):,}")  # fmt: skip
+            case Job(path, caption):
+                kind = "to caption" if counts["to caption"] < (settings.limit or math.inf) else "left by --limit"
+                said = f"{kind} -> {printable(caption)}"
+            case Skipped(path, reason):
+                kind, said = "skipped", f"skipped: {reason}"
+            case Failed(path, reason, detail):
+                kind, said = "cannot be captioned", f"{reason}: {detail}"
+        counts[kind] += 1
+        print(f"{printable(path)}: {said}")
+    print(", ".join(f"{kind} {number:,}" for kind, number in counts.items()).capitalize())
+    return int(counts["cannot be captioned"] > 0)
 
 
 def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str] | None]:
-    """Return the stream that --report names; raises SettingsError."""
+    """Return the stream that --report names, an earlier report replaced, nothing else; raises SettingsError."""
     if target is None or target == "-":
         return contextlib.nullcontext(sys.stdout if target else None)
+    shown = f"--report: {printable(target)}"
     try:
+        if os.path.isfile(target) and os.path.getsize(target):
+            with open(target, "rb") as before:
+                is_report = before.read(12) == b'{"outcome": '
+            if not is_report:
+                raise SettingsError(f"{shown}: is there already and is no report; name another file")
         return open(target, "w", encoding="utf-8", newline="\n")
     except OSError as error:
-        raise SettingsError(f"--report: {printable(target)}: cannot be written: {error.strerror}") from None
+        raise SettingsError(f"{shown}: cannot be written: {error.strerror}") from None
 
 
 def run(settings: Settings) -> int:
@@ -1852,13 +1920,14 @@ def run(settings: Settings) -> int:
     if settings.fix_encoding:
         raise SettingsError("--fix-encoding: not yet; it comes with a later version")
     if settings.dry_run:
-        report = Report(time.monotonic())
-        run_plan(settings, report)
-        return report.exit_code
+        return show_plan(settings)
+    image_dir = check_folders(settings)
+    check_key(settings)
+    recipe = read_recipe(settings)
     with open_report(settings.report) as stream:
         report = Report(time.monotonic(), stream)
         try:
-            run_captions(settings, report)
+            run_captions(settings, image_dir, recipe, report)
         except KeyboardInterrupt:  # while the plan is made; later ones are waited out
             report.ended_by = signal.SIGINT
         now = time.monotonic()
@@ -1869,20 +1938,25 @@ def run(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code; the one place where errors become exit codes."""
+    if sys.stdout is None or sys.stderr is None:  # closed by who started us (`>&-`)
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a console may know fewer characters
+    code = 0
     try:
         settings = read_settings(argv)
         set_up_logging(settings)
-        return run(settings)
+        code = run(settings)
+        sys.stdout.flush()
     except SettingsError as error:
         print(f"gen-captions: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read our stdout has seen enough (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = 2
+    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except KeyboardInterrupt:
-        return 130
+        code = 130
+    return code
 
 
 if __name__ == "__main__":

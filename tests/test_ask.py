@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -307,6 +309,64 @@ def test_a_key_that_the_server_repeats_is_not_shown(tool: Tool, server: Server) 
     tool("-v", "--image-dir", "images", "--report", "report.jsonl", code=1)
     assert KEY not in (tool.folder / "report.jsonl").read_text(encoding="utf-8")
     assert not [text for text in captions(tool.folder).values() if KEY in text]
+
+
+def raw_answer(answer: bytes) -> tuple[str, socket.socket]:
+    """Return the URL of a server that answers each connection with these bytes, and its socket."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/v1", listener
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"Bearer {KEY} rejected\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nX-Key {KEY}\r\n\r\n",
+        f"HTTP/1.1 307 Moved\r\nLocation: {KEY}://x/\r\nContent-Length: 0\r\n\r\n",
+        "HTTP/1.1 400 Bad\r\nContent-Length: 49\r\n\r\n" + '{"error": "\\u0073' + KEY[1:] + '"}      ',
+    ],
+    ids=["status line", "header", "redirect", "escaped"],
+)
+def test_a_key_in_a_malformed_answer_is_not_shown(tool: Tool, make_image: ImageMaker, answer: str) -> None:
+    make_image("a.jpg")
+    url, listener = raw_answer(answer.encode())
+    with listener:
+        process = tool.start("-v", "--image-dir", "images", "--throttle-retries", "1", OPENAI_BASE_URL=url)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode in {1, 3}
+    assert KEY not in out + err
+
+
+def test_a_redirect_is_not_followed(tool: Tool, server: Server, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    location = f"Location: {server.url}/chat/completions"
+    url, listener = raw_answer(f"HTTP/1.1 307 Moved\r\n{location}\r\nContent-Length: 0\r\n\r\n".encode())
+    with listener:
+        err = tool("--image-dir", "images", code=3, OPENAI_BASE_URL=url).stderr
+    assert "set OPENAI_BASE_URL to the address it means" in err
+    assert server.stats()["requests"] == 0
+
+
+@pytest.mark.parametrize(
+    "environment", [{"HTTP_PROXY": "foo://bar"}, {"SSL_CERT_FILE": "/nowhere.pem"}, {"OPENAI_ORG_ID": "a\nb"}], ids=str
+)
+def test_a_connection_that_cannot_be_set_up_is_one_clear_error(
+    tool: Tool, make_image: ImageMaker, environment: dict[str, str]
+) -> None:
+    make_image("a.jpg")
+    err = tool("--image-dir", "images", code=3, **environment).stderr
+    assert "Traceback" not in err
+    assert err.count("ERROR") == 1
 
 
 def test_every_image_arrives_whole_and_as_what_it_says(tool: Tool, server: Server, make_image: ImageMaker) -> None:

@@ -24,8 +24,8 @@ def test_prompt_txt_comes_before_the_built_in_prompt(tmp_path: Path) -> None:
 
 def test_the_setting_comes_before_prompt_txt_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("file", encoding="utf-8")
-    assert recipe(tmp_path, "mine") == gc.Recipe("mine", "GETCAP_PROMPT, not prompt.txt")
-    assert recipe(None, "mine") == gc.Recipe("mine", "GETCAP_PROMPT")
+    assert recipe(tmp_path, "mine") == gc.Recipe("mine", "--prompt or GETCAP_PROMPT, not prompt.txt")
+    assert recipe(None, "mine") == gc.Recipe("mine", "--prompt or GETCAP_PROMPT")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -75,6 +77,55 @@ def test_a_rejected_parameter_is_changed_or_dropped(error: gc.ErrorReply, expect
     assert gc.adapt_parameters(SENT, error) == expected
 
 
+def test_an_effort_that_is_rejected_again_and_again_comes_to_an_end() -> None:
+    error = rejection("reasoning_effort is not supported. Supported values are: 'none', 'low', 'high'")
+    sent = {"reasoning_effort": "none"}
+    efforts = []
+    while (changed := gc.adapt_parameters(sent, error)) is not None:
+        efforts.append(changed.get("reasoning_effort"))
+        sent = changed
+    assert efforts == ["low", "high", None]
+
+
+@pytest.mark.parametrize("content", [5, True, {"a": 1}, ["a cat"], [{"type": "text", "text": 5}], None])
+def test_content_of_a_wrong_type_is_no_text(content: Any) -> None:
+    assert gc.parse_reply(reply({"content": content})).content == ""
+
+
+def test_a_reasoning_part_is_no_content() -> None:
+    parts = [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "A cat."}]
+    assert gc.parse_reply(reply({"content": parts})).content == "A cat."
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"error":' * 20_000, '{"error":' * 400 + "1" + "}" * 400])
+def test_a_body_nested_too_deep_is_an_error_like_others(text: str) -> None:
+    assert isinstance(gc.parse_error(500, text).message, str)
+
+
+HUGE = [
+    "A long sentence about a cat. " * 4000,
+    "caption: " * 10_000,
+    '"' * 50_000,
+    "a" + "\n" * 80_000 + "b",
+    "a" + " " * 80_000 + "b",
+    "*a " * 30_000,
+    "<think>" * 12_000,
+    "“a " * 30_000,
+    "<|x" * 30_000,
+    "``` " * 20_000,
+    "ha" * 45_000,
+]
+
+
+@pytest.mark.parametrize("text", HUGE, ids=range(len(HUGE)))
+def test_an_endless_answer_is_judged_at_once(text: str) -> None:
+    started = time.process_time()
+    with contextlib.suppress(gc.FailImage):
+        judged(text)
+    gc.parse_error(502, text)
+    assert time.process_time() - started < 2
+
+
 def test_a_token_limit_rejected_under_both_names_is_dropped() -> None:
     sent = gc.adapt_parameters({"max_completion_tokens": 9}, rejection("max_completion_tokens is not supported"))
     assert sent == {"max_tokens": 9}
@@ -117,6 +168,11 @@ MEANINGS = [
     (400, "", "foo/bar is not a valid model ID", STOP, ""),
     (400, "", "llava-text is not a multimodal model", STOP, ""),
     (400, "billing_hard_limit_reached", "no", STOP, ""),
+    (400, "", "API key not valid. Please pass a valid API key.", STOP, "OPENAI_API_KEY"),
+    (400, "", "Incorrect API key provided: xa***", STOP, "OPENAI_API_KEY"),
+    (400, "", "Model Not Exist", STOP, "GETCAP_MODEL"),
+    (400, "", "Invalid content type. image_url is only supported by certain models.", STOP, "vision model"),
+    (307, "", "moved", STOP, "OPENAI_BASE_URL"),
     (401, "invalid_api_key", "no", STOP, "OPENAI_API_KEY"),
     (402, "", "no credits", STOP, "credit"),
     (403, "", "country not supported", STOP, ""),
@@ -180,6 +236,9 @@ def test_a_wait_of_more_than_ten_minutes_stops_the_run_and_says_until_when() -> 
         ({"retry-after": "soon"}, 0),
         ({"retry-after": "-5"}, 0),
         ({"retry-after": "nan"}, 0),
+        ({"retry-after": "99999999999999"}, 30 * 86_400),
+        ({"retry-after": "1e308"}, 30 * 86_400),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, 30 * 86_400),
     ],
 )
 def test_retry_after_is_read_in_every_form(headers: dict[str, str], seconds: float) -> None:
@@ -294,6 +353,18 @@ HONEST = [
     "We can see a bridge over a river.",
     "I ♥ NY printed on a white shirt.",
     "Http spelled out in balloon letters.",
+    'This is a meme with the caption: "hello world" above a cat.',
+    "This is a terminal with a green prompt: a black window with white text.",
+    'A poster reading "Come in, feel free to look around" hangs on a door.',
+    'A T-shirt that reads "<think> different" worn by a boy.',
+    '"def __init__(self)" in white on a black screen',
+    '"50% *OFF* TODAY" in a shop window',
+    "'50s diner with a neon sign reading 'EAT'",
+    "I Can't Believe It's Not Butter tub on a table.",
+    "I'm sorry tattoo on an arm.",
+    "Please Share the Road sign beside a highway.",
+    "HTTP 404 page on a laptop screen.",
+    'A speech bubble with "' + "ha" * 12 + '".',
 ]  # fmt: skip
 
 
@@ -321,11 +392,16 @@ CLEANED = [
     (f"## Caption\n{A}", A),
     (f"Image description: {A}", A),
     ("A **red** car beside a *blue* house.", "A red car beside a blue house."),
-    ("A __red__ car.", "A red car."),
     ("# A red car\n\nbeside a house", "A red car beside a house"),
     ("- a red car\n- a blue house", "a red car a blue house"),
     ("A red car.\n\nA blue house.\u2028A tree.", "A red car. A blue house. A tree."),
     ("A red car.\r\n\tA house.", "A red car. A house."),
+    ('A poster.\nIt reads *SALE* and "*NOW*".', 'A poster. It reads SALE and "*NOW*".'),
+    (f"[THINK]Let me see.[/THINK]{A}", A),
+    (f"<|channel|>analysis<|message|>The user wants<|end|><|start|>assistant<|channel|>final<|message|>{A}", A),
+    (f"<|START_THINKING|>hm<|END_THINKING|>{A}", A),
+    (f"<seed:think>hm</seed:think>{A}", A),
+    (f"Thinking...\nIt is a photo.\n...done thinking.\n\n{A}", A),
     (f"<think>The user wants a caption.</think>\n\n{A}", A),
     (f"<thinking>one</thinking><think>two</think>{A}", A),
     (f"I should describe this.\n</think>\n\n{A}", A),
@@ -386,6 +462,17 @@ REFUSED = [
     "Het spijt me, daar kan ik niet mee helpen.",
     "Przykro mi, nie mogę pomóc.",
     "Üzgünüm, bu konuda yardımcı olamam.",
+    "As a large language model, I can't see.",
+    "I must respectfully decline.",
+    "Unable to process the image.",
+    "Your request was rejected as a result of our safety system.",
+    "There is no image attached.",
+    "I'm not going to describe this image.",
+    "Thank you for sharing, but I can't help.",
+    "作为一个AI语言模型，我无法查看图片。",
+    "无法识别该图片。",
+    "Mi scuso, ma non posso.",
+    "\u200bI'm sorry, I can't.",
     "Извините, я не могу помочь с этим.",
     "К сожалению, я не могу описать это изображение.",
     "很抱歉，我无法协助处理此请求。",
@@ -422,6 +509,32 @@ def test_a_refusal_is_no_caption(answer: str) -> None:
         ({"content": "A cat. " + "It sits on a mat near the door. " * 3}, "looping"),
         ({"content": "red " * 30, "finish": "length"}, "looping"),
         ({"content": "A hall. " + "the light, the floor, " * 50 + "the li", "finish": "length"}, "cut off"),
+        *[
+            ({"content": "A red square on a", "finish": end}, "cut off")
+            for end in ("max_tokens", "MAX_TOKENS", "model_length")
+        ],
+        *[({"content": "A red square", "finish": end}, "broken answer") for end in ("error", "abort", "timeout")],
+        *[({"content": "A red", "finish": end}, "refused") for end in ("SAFETY", "content_filter: PROHIBITED_CONTENT")],
+        ({"content": "<|channel|>analysis<|message|>The user wants"}, "reasoning only"),
+        ({"content": "非常" * 100}, "looping"),
+        ({"content": "ha" * 400}, "looping"),
+        *[
+            ({"content": text}, "error text")
+            for text in (
+                "Internal Server Error",
+                "503 Service Unavailable",
+                "Rate limit exceeded, try later",
+                "[ERROR] upstream timed out",
+                "⚠️ Error: timeout",
+                "An error occurred while processing",
+                '{"detail":"Not Found"}',
+                "<!-- x --><html>",
+                "<title>502",
+                "<center><h1>502 Bad Gateway",
+                "<?xml version='1.0'?>",
+            )
+        ],
+        *[({"content": text}, "empty") for text in ("null", "None", "N/A")],
         ({"content": "Error: rate limit exceeded"}, "error text"),
         ({"content": "RateLimitError: too many requests"}, "error text"),
         ({"content": '{"error": {"message": "no"}}'}, "error text"),

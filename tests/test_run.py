@@ -219,6 +219,23 @@ def test_a_signal_ends_the_run_with_what_is_on_its_way_kept(
 
 
 @POSIX
+def test_a_first_signal_after_the_run_was_stopped_still_waits_for_what_is_paid(
+    tool: Tool, server: Server, make_image: ImageMaker
+) -> None:
+    for image in range(10):
+        make_image(f"{image}.jpg")
+    server.script(steps=[{}, {"status": 401, "body": "no"}], then={"latency": 2})
+    process = tool.start("--image-dir", "images", "--thread-pool", "4")
+    assert process.stderr
+    while "no new requests" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert len(captions(tool.folder)) == server.stats()["requests"] - 1
+
+
+@POSIX
 def test_a_second_signal_ends_the_run_at_once(tool: Tool, server: Server, make_image: ImageMaker) -> None:
     make_image("a.jpg")
     server.script(then={"fault": "hang"})
@@ -324,6 +341,53 @@ def test_a_report_that_cannot_be_written_is_an_error_before_anything_is_asked(
     make_image("a.jpg")
     assert "--report: no/where.jsonl: " in tool("--image-dir", "images", "--report", "no/where.jsonl", code=2).stderr
     assert server.stats()["requests"] == 0
+
+
+@pytest.mark.parametrize("name", ["images/a.jpg", "images/a.txt", ".env"])
+def test_a_report_replaces_nothing_but_a_report(tool: Tool, make_image: ImageMaker, name: str) -> None:
+    make_image("a.jpg")
+    for other in ("images/a.txt", ".env"):
+        (tool.folder / other).write_text("# mine\n", encoding="utf-8")
+    before = (tool.folder / name).read_bytes()
+    assert "is there already and is no report" in tool("--image-dir", "images", "--report", name, code=2).stderr
+    assert (tool.folder / name).read_bytes() == before
+
+
+def test_a_usage_error_leaves_the_last_report_as_it_is(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    tool("--image-dir", "images", "--report", "r.jsonl")
+    before = (tool.folder / "r.jsonl").read_bytes()
+    tool("--image-dir", "nowhere", "--report", "r.jsonl", code=2)
+    assert (tool.folder / "r.jsonl").read_bytes() == before
+    tool("--image-dir", "images", "--report", "r.jsonl")
+    assert (tool.folder / "r.jsonl").read_bytes() != before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full")
+def test_a_report_that_fails_in_mid_run_loses_no_caption(tool: Tool, make_image: ImageMaker) -> None:
+    for number in range(4):
+        make_image(f"{number}.jpg")
+    err = tool("--image-dir", "images", "--report", "/dev/full", code=1).stderr
+    assert err.count("--report: not written any further") == 1
+    assert "Traceback" not in err
+    assert len(captions(tool.folder)) == 4
+
+
+@POSIX
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "| true", "2>&1 | true"])
+def test_output_that_nobody_reads_harms_nothing(tool: Tool, make_image: ImageMaker, closed: str) -> None:
+    make_image("a.jpg")
+    command = f"{sys.executable} {TOOL} --image-dir images {closed}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=tool.folder,
+        env=tool.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert len(captions(tool.folder)) == 1
 
 
 def test_a_dry_run_writes_no_report(tool: Tool, make_image: ImageMaker) -> None:

@@ -131,8 +131,30 @@ def test_a_key_pasted_as_a_flag_is_not_repeated(tool: Tool) -> None:
     assert "unrecognized" in tool("--api-key", KEY, code=2).stderr
 
 
-def test_the_host_is_shown_without_a_password_in_the_url() -> None:
-    assert resolve(OPENAI_BASE_URL="https://user:secret@host:8/v1?key=1").host == "host:8"
+@pytest.mark.parametrize(
+    "url", [f"http://user:{KEY}@127.0.0.1:1/v1", f"https://x/v1?api_key={KEY}", f"http://x:{KEY}/v1"]
+)
+def test_a_key_inside_the_url_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(gc.SettingsError, match="OPENAI_BASE_URL: the value is not allowed") as error:
+        resolve(OPENAI_BASE_URL=url)
+    assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("key", [KEY, "AIzaSyD-0123456789abcdefghijklmnop", "gsk_0123456789abcdefghij"])
+def test_a_key_put_in_the_wrong_place_is_not_shown(key: str) -> None:
+    for item, spec in gc.specs():
+        if spec.variable and item.name not in {"api_key", "prompt", "reasoning_effort"}:
+            with pytest.raises(gc.SettingsError, match=spec.variable) as error:
+                gc.resolve_settings({"verbose": False, "quiet": False}, {spec.variable: key}, {})
+            assert key not in str(error.value)
+    for arguments in (["--api-key", key], [f"--api-key={key}"], [key], [f"--dry-run={key}"]):
+        with pytest.raises(gc.SettingsError) as error:
+            gc.build_parser().parse_args(arguments)
+        assert key not in str(error.value)
+
+
+def test_the_host_is_shown_with_its_port() -> None:
+    assert resolve(OPENAI_BASE_URL="https://host:8/v1").host == "host:8"
 
 
 def test_dotenv_is_read_from_the_current_folder(tool: Tool, make_image: ImageMaker, server: Server) -> None:
