@@ -37,7 +37,6 @@ Exit codes: 0 all done or nothing to do; 1 some images failed; 2 usage or settin
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -61,7 +60,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-if TYPE_CHECKING:  # imported where they are needed: --help and usage errors must not wait for openai
+if TYPE_CHECKING:  # imported where they are needed, asyncio too: --help, -n and usage errors must not wait for them
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
 
@@ -554,12 +553,11 @@ def has_text(path: str) -> bool:
     """Return whether the file holds anything but blanks. Raises OSError when it is missing or cannot be read."""
     handle = os.open(path, READ_ONLY)
     try:
+        if os.read(handle, 4096).removeprefix(BOM).strip(BLANKS):
+            return True
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "is no file", path)
-        while chunk := os.read(handle, 4096):
-            if chunk.removeprefix(BOM).strip(BLANKS):
-                return True
-        return False
+        return any(chunk.strip(BLANKS) for chunk in iter(lambda: os.read(handle, 65536), b""))
     finally:
         os.close(handle)
 
@@ -1249,6 +1247,8 @@ class Stop:
     """Whether and why the run ends early. Who waits for anything that costs nothing yet is woken and gives up."""
 
     def __init__(self) -> None:
+        import asyncio
+
         self.cause: StopRun | signal.Signals | None = None
         self._event = asyncio.Event()
 
@@ -1269,6 +1269,8 @@ class Stop:
 
     async def sleep(self, seconds: float) -> None:
         """Wait; raises StopRun as soon as the run ends."""
+        import asyncio
+
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._event.wait(), seconds)
         self.check()
@@ -1329,6 +1331,8 @@ class Asker:
     """Asks for captions, for all workers: retries, and what one answer taught about the server counts for all."""
 
     def __init__(self, client: AsyncOpenAI, settings: Settings, recipe: Recipe, stop: Stop) -> None:
+        import asyncio
+
         from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
         self.usage = Usage()
@@ -1388,6 +1392,8 @@ class Asker:
 
     async def _post(self, body: bytes) -> Reply | ErrorReply:
         """Send one request and return what came back, in whichever shape; raises TryAgain on a torn answer."""
+        import asyncio
+
         import aiohttp
         import openai
 
@@ -1554,6 +1560,7 @@ async def run_pool(jobs: Iterator[T], handle: Callable[[T], Awaitable[None]], wo
 
     A StopRun from `handle` ends the run: nothing new is begun, what is begun is waited for.
     """
+    import asyncio
 
     async def work() -> None:
         for job in jobs:
@@ -1706,8 +1713,8 @@ def show_progress(total: int, report: Report, *, quiet: bool) -> Iterator[Callab
 def add_worker(record: logging.LogRecord) -> bool:
     """Give a log record the name of the worker it comes from."""
     try:
-        task = asyncio.current_task()
-    except RuntimeError:
+        task = sys.modules["asyncio"].current_task()
+    except (KeyError, RuntimeError):  # before there is an event loop, or in a thread
         task = None
     record.worker = task.get_name() if task and task.get_name().startswith("worker-") else "main"
     return True
@@ -1725,6 +1732,8 @@ class Captioner:
     """Takes one job from image file to caption file."""
 
     def __init__(self, settings: Settings, asker: Asker, report: Report, update: Callable[[], None]) -> None:
+        import asyncio
+
         self._settings = settings
         self._asker = asker
         self._report = report
@@ -1756,6 +1765,8 @@ class Captioner:
             )
 
     async def _caption(self, job: Job) -> Outcome:
+        import asyncio
+
         if has_caption(job.caption):
             return Skipped(job.image, "has a caption by now")
         async with self._decoders:
@@ -1783,6 +1794,8 @@ class Captioner:
 @contextlib.contextmanager
 def end_on_signals(stop: Stop) -> Iterator[None]:
     """Let the first Ctrl-C or SIGTERM end the run in order, the second at once."""
+    import asyncio
+
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     received: list[int] = []
 
@@ -1863,6 +1876,8 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
         return
     pool = settings.thread_pool
     log.info("to caption: %d, with %s at %s, workers: %d", len(jobs), settings.model, settings.host, pool)
+    import asyncio
+
     with contextlib.suppress(asyncio.CancelledError):  # the second Ctrl-C
         asyncio.run(caption_images(settings, recipe, jobs, report))
 

@@ -224,4 +224,4 @@ def test_usage_errors_and_help_do_not_wait_for_heavy_imports(tool: Tool) -> None
     for arguments, code in ((["--help"], 0), (["-V"], 0), (["--timeout", "x"], 2), (["--fix-encoding"], 2)):
         process = tool(*arguments, code=code, PYTHONPROFILEIMPORTTIME="1")
         imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time" in line}
-        assert imported.isdisjoint({"openai", "httpx2", "PIL", "tenacity", "aiofiles", "tqdm"})
+        assert imported.isdisjoint({"openai", "httpx2", "PIL", "tenacity", "aiofiles", "tqdm", "asyncio"})
