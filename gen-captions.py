@@ -1777,13 +1777,12 @@ class Captioner:
         try:
             written = await asyncio.to_thread(write_caption, job.caption, text)
         except OSError as error:
-            log.error("%s: not written: %s; the answer was: %s", printable(job.caption), error.strerror, text)  # noqa: TRY400
+            problem = f"{error.strerror}; the answer was: {text}"
+            if error.errno not in NO_ROOM:
+                raise FailImage("not written", problem) from error
+            log.error("%s: not written: %s", printable(job.caption), problem)  # noqa: TRY400
             folder = printable(os.path.dirname(job.caption))
-            if error.errno in NO_ROOM:
-                raise StopRun(
-                    f"{folder}: captions cannot be written: {error.strerror}; mend that, then run again"
-                ) from error
-            raise FailImage("not written", f"{printable(job.caption)}: {error.strerror}") from error
+            raise StopRun(f"{folder}: captions cannot be written: {error.strerror}; run again after that") from error
         log.debug("%s: %s", printable(job.image), text)
         return Written(job, text) if written else Skipped(job.image, "has a caption by now")
 
@@ -1953,20 +1952,24 @@ def run(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool and return its exit code; the one place where errors become exit codes."""
-    if sys.stdout is None or sys.stderr is None:  # closed by who started us (`>&-`)
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a console may know fewer characters
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us (`>&-`)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a console may know fewer characters
     code = 0
     try:
         settings = read_settings(argv)
         set_up_logging(settings)
         code = run(settings)
-        sys.stdout.flush()
+        if not sys.stdout.closed:
+            sys.stdout.flush()
     except SettingsError as error:
         print(f"gen-captions: {error}", file=sys.stderr)
         code = 2
-    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # else whoever read our output has seen enough (`| head`)
+            log.error("%s: output cannot be written: %s", error.filename or "standard output", error.strerror)  # noqa: TRY400
+            code = 1
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except KeyboardInterrupt:
