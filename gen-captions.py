@@ -41,6 +41,7 @@ import base64
 import contextlib
 import dataclasses
 import errno
+import ipaddress
 import json
 import logging
 import math
@@ -51,13 +52,13 @@ import stat
 import sys
 import time
 import unicodedata
+import warnings
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cache
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:  # imported where they are needed, asyncio too: --help, -n and usage errors must not wait for them
@@ -162,9 +163,8 @@ def parse_url(text: str) -> str:
     """Return the base URL without quotes and without the endpoint's own path."""
     url = text.strip("\"'").rstrip("/").removesuffix("/chat/completions")
     parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0 or not url.isprintable():
-        raise ValueError
-    if parts.username is not None or parts.query or parts.fragment:  # a key stands in OPENAI_API_KEY
+    whole = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0 and url.isprintable()
+    if not whole or parts.username is not None or parts.query or parts.fragment:  # a key stands in OPENAI_API_KEY
         raise ValueError
     return url
 
@@ -180,9 +180,8 @@ def parse_caption_ext(text: str) -> str:
     """Return the extension without its dot; an extension that trainers misread or that images have is a ValueError."""
     ext = text.removeprefix(".")
     # ai-toolkit trains on the raw text of .json captions since its commit 41157b46
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,16}", ext) or ext.lower() in {"json", "jsonl"}:
-        raise ValueError
-    if f".{ext.lower()}" in IMAGE_SUFFIXES:
+    taken = {".json", ".jsonl", *IMAGE_SUFFIXES}
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,16}", ext) or f".{ext.lower()}" in taken:
         raise ValueError
     return ext
 
@@ -242,11 +241,7 @@ class Settings:
     )
 
     thread_pool: int = setting(
-        PACE,
-        whole_number(1, 1000),
-        f"concurrent workers; {LOCAL_WORKERS} when unset and the server is this machine",
-        10,
-        "GETCAP_THREAD_POOL",
+        PACE, whole_number(1, 1000), "workers; 2 when unset and the server is this machine", 10, "GETCAP_THREAD_POOL"
     )
     throttle_submission_rate: float | None = setting(
         PACE, decimal(0, 10_000), "most requests a second; no cap when unset", None, "GETCAP_THROTTLE_SUBMISSION_RATE"
@@ -257,16 +252,10 @@ class Settings:
     throttle_backoff_factor: float = setting(
         PACE, decimal(0, 60), "base of the exponential backoff", 2.0, "GETCAP_THROTTLE_BACKOFF_FACTOR"
     )
-    timeout: float = setting(
-        PACE, decimal(0, 86_400), "longest wait for one answer in seconds", 120.0, "GETCAP_TIMEOUT"
-    )
+    timeout: float = setting(PACE, decimal(0, 86_400), "longest wait for an answer in seconds", 120.0, "GETCAP_TIMEOUT")
 
-    dry_run: bool = setting(
-        SHOW, SWITCH, "say what would be captioned, and stop: no connection, no key", False, short="-n"
-    )
-    report: str | None = setting(
-        SHOW, FILE, "write the outcome of each image as JSON lines, replacing the file; - is stdout"
-    )
+    dry_run: bool = setting(SHOW, SWITCH, "only say what would be captioned: no connection, no key", False, short="-n")
+    report: str | None = setting(SHOW, FILE, "write outcomes as JSON lines, replacing the file; - is stdout")
     verbose: bool = setting(SHOW, SWITCH, "say more (log level DEBUG)", False, short="-v")
     quiet: bool = setting(SHOW, SWITCH, "say only what is wrong, and the summary (WARNING)", False, short="-q")
     log_level: str = setting(
@@ -381,8 +370,6 @@ def resolve_settings(
 
 def is_this_machine(url: str) -> bool:
     """Return whether a server at this URL runs on this machine."""
-    import ipaddress
-
     host = urlsplit(url).hostname or ""
     try:
         address = ipaddress.ip_address(host)
@@ -403,28 +390,33 @@ def check_key(settings: Settings) -> None:
     )
 
 
+def read_text(path: Path) -> str:
+    """Return a text file of the user's, without BOM; raises the SettingsError that says what is wrong with it."""
+    shown = printable(str(path))
+    try:
+        if path.exists() and not path.is_file():
+            raise SettingsError(f"{shown}: is no file")
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    except OSError as error:
+        raise SettingsError(f"{shown}: cannot be read: {error.strerror}") from None
+    if "\0" in text:  # PowerShell 5.1 writes UTF-16 for `echo X > .env`, older editors the local code page
+        raise SettingsError(
+            f"{shown}: is not saved as UTF-8. Save it again as UTF-8: in Notepad with 'Save as' and Encoding UTF-8; "
+            "in PowerShell with Set-Content -Encoding utf8"
+        )
+    return text
+
+
 def read_dotenv(folders: Sequence[str | Path]) -> dict[str, str | None]:
-    """Return what the first `.env` in these folders says; one that is not UTF-8 is a SettingsError."""
-    paths = (os.path.join(folder, ".env") for folder in folders)
-    path = next(filter(os.path.isfile, paths), None)
+    """Return what the first `.env` in these folders says. Raises SettingsError."""
+    path = next(filter(os.path.isfile, (os.path.join(folder, ".env") for folder in folders)), None)
     if path is None:
         return {}
     from dotenv import dotenv_values
 
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
-    if "\0" in text:  # PowerShell 5.1 writes UTF-16 for `echo X > .env`, older editors the local code page
-        raise SettingsError(
-            f"{path}: is not saved as UTF-8. Save it again as UTF-8: in Notepad with 'Save as' and Encoding UTF-8; "
-            "in PowerShell with Set-Content -Encoding utf8"
-        )
-    from io import StringIO
-
-    return dotenv_values(stream=StringIO(text), interpolate=False)
+    return dotenv_values(stream=StringIO(read_text(Path(path))), interpolate=False)
 
 
 def read_settings(argv: Sequence[str] | None) -> Settings:
@@ -686,35 +678,16 @@ quotes. Skip whatever is unclear or absent.
 Output only the caption."""
 
 
-def read_prompt(config_dir: Path | None) -> str | None:
-    """Return the text of the config folder's prompt.txt, None when there is none."""
-    if config_dir is None:
-        return None
-    path = config_dir / "prompt.txt"
-    if path.exists() and not path.is_file():
-        raise SettingsError(f"{printable(str(path))}: is no file")
-    try:
-        prompt = path.read_text(encoding="utf-8-sig").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except UnicodeDecodeError:
-        raise SettingsError(f"{printable(str(path))}: is not UTF-8; save it again as UTF-8") from None
-    except OSError as error:
-        raise SettingsError(f"{printable(str(path))}: cannot be read: {error.strerror}") from None
-    if not prompt:
-        raise SettingsError(f"{printable(str(path))}: is blank; write the prompt into it or delete it")
-    return prompt
-
-
 def read_recipe(settings: Settings) -> Recipe:
     """Return the recipe: GETCAP_PROMPT when it is set, else prompt.txt, else the built-in prompt."""
-    from_file = read_prompt(settings.config_dir)
+    path = settings.config_dir / "prompt.txt" if settings.config_dir else None
+    from_file = read_text(path).strip() if path and path.exists() else None
+    if from_file == "":
+        raise SettingsError(f"{printable(str(path))}: is blank; write the prompt into it or delete it")
     if settings.prompt is not None:
         source = "--prompt or GETCAP_PROMPT"
         return Recipe(settings.prompt, f"{source}, not prompt.txt" if from_file else source)
-    if from_file is not None:
-        return Recipe(from_file, "prompt.txt")
-    return Recipe(DEFAULT_PROMPT, "built in")
+    return Recipe(from_file, "prompt.txt") if from_file else Recipe(DEFAULT_PROMPT, "built in")
 
 
 # -------------------------------------------------------------------------------------------------- Pixels
@@ -731,11 +704,8 @@ TURNS = {
 HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 
 
-@cache
 def load_pillow() -> None:
     """Import Pillow and its formats once, before threads need them; HEIC comes along when pillow-heif is there."""
-    import warnings
-
     from PIL import Image
 
     Image.init()
@@ -815,6 +785,8 @@ def is_ready(image: ImageFile.ImageFile, data: bytes, max_side: int) -> bool:
 
 def to_8_bit(image: Image.Image) -> Image.Image:
     """Return the image as RGB, RGBA or L, ready to be resized: a palette cannot be, 16 bits would be clipped."""
+    if image.mode == "I;16B":  # as microscopes write; few operations know it
+        image = image.convert("I")
     if image.mode == "F" or image.mode.startswith("I"):
         low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
         if not math.isfinite(high - low):
@@ -875,11 +847,8 @@ class ErrorReply:
 
 def first_parameters(settings: Settings) -> Parameters:
     """Return the parameters that the first request carries, before the server has said what it rejects."""
-    parameters: Parameters = {
-        TOKEN_LIMITS[0]: settings.max_tokens,
-        "reasoning_effort": settings.reasoning_effort,
-        "temperature": settings.temperature,
-    }
+    tuning = {"reasoning_effort": settings.reasoning_effort, "temperature": settings.temperature}
+    parameters: Parameters = {TOKEN_LIMITS[0]: settings.max_tokens, **tuning}
     return {name: value for name, value in parameters.items() if value is not None}
 
 
@@ -913,6 +882,8 @@ def adapt_parameters(sent: Parameters, error: ErrorReply) -> Parameters | None:
     said = f"{error.param} {error.message}"
     named = (n for n in sent if re.search(rf"(?<!\w){n}(?!\w)", said))
     name = error.param if error.param in sent else next(named, None)
+    if name is None and "reasoning_effort" in sent and re.search(r"(?i)\bthink(?:ing)?\b|\breasoning\b", said):
+        name = "reasoning_effort"  # Ollama and Gemini call it so
     if name is None or error.status not in {400, 422} or not re.search(REJECTION, f"{error.code} {said}"):
         return None
     rest = {key: value for key, value in sent.items() if key != name}
@@ -947,7 +918,7 @@ def error_object(body: Any) -> dict[str, Any]:
     match body:
         case [first, *_]:
             return error_object(first)
-        case {"error": dict() | list() as inner}:
+        case {"error": dict() | list() as inner} | {"detail": list() as inner} | {"message": dict() as inner}:
             return error_object(inner)
         case dict():
             return body
@@ -986,7 +957,9 @@ def parse_error(status: int, text: str, retry_after_s: float = 0.0) -> ErrorRepl
         message = shorten(error_text(body)) or code or "an error without a message"
     except RecursionError:
         message = "an error too deep to be read"
-    return ErrorReply(status, message, code, str(inner.get("param") or ""), retry_after_s)
+    where = inner.get("loc")  # FastAPI's path to the parameter
+    param = where[-1] if isinstance(where, list) and where else inner.get("param")
+    return ErrorReply(status, message, code, str(param or ""), retry_after_s)
 
 
 def parse_reply(text: str) -> Reply | ErrorReply:
@@ -1033,13 +1006,14 @@ def read_choice(choice: Mapping[str, Any], usage: Any) -> Reply:
 
 # Codes and types, not messages: Gemini's per-minute limit says "exceeded your current quota" too
 OUT_OF_MONEY = r"(?i)insufficient_quota|credit_balance|(?:spend|usage)_limit_exceeded|billing"
+NO_BALANCE = r"(?i)credit balance is too low|insufficient balance"
 POLICY = r"(?i)content_?policy|content_?filter|invalid_prompt|moderation|flagged|safety system"
 NO_VISION = (
     r"(?i)image inputs? (?:is|are) not supported|image_url.{0,40}only supported by"
     r"|does(?:n't| not) support (?:image inputs?|images|vision)\b"
     r"|not a multimodal model|support image input|mmproj"
 )
-NO_MODEL = r"(?i)model_not_found|model .{0,80}(?:not found|not exist)|not a valid model|invalid model"
+NO_MODEL = r"(?i)model_not_found|model .{0,80}(?:not found|not exist)|not a valid model|invalid model|no models? loaded"
 NO_KEY = r"(?i)(?:invalid|incorrect|missing|no) api[ _-]?key|api[ _-]?key (?:is )?(?:not valid|invalid|missing)"
 TOO_LARGE = r"(?i)maximum usage size|patches|request too large|payload too large"
 STOPS = {
@@ -1069,7 +1043,7 @@ def judge_error(error: ErrorReply, now: datetime, *, first: bool) -> StopRun | F
         return FailImage("refused", f"{shown}; caption it by hand or with another model")
     if status in {400, 413, 429} and re.search(TOO_LARGE, said):
         return FailImage("image too large", f"{shown}; lower GETCAP_MAX_SIDE", by_server=True)
-    if status in {400, 403, 429} and re.search(OUT_OF_MONEY, error.code):
+    if status in {400, 403, 429} and (re.search(OUT_OF_MONEY, error.code) or re.search(NO_BALANCE, error.message)):
         return StopRun(
             f"the account is out of money or at its limit: {shown}; look at its billing page, then run again"
         )
@@ -1101,13 +1075,18 @@ def backoff_s(attempt: int, factor: float, retry_after_s: float, jitter: float) 
     return max(backoff, retry_after_s + jitter if retry_after_s else 0.0)
 
 
-# reasoning in the marks of Qwen, DeepSeek, Kimi, Magistral, Cohere, Seed and others, opened or closed
+# reasoning in the marks of Qwen, DeepSeek, Kimi, Seed; Magistral; Cohere; Ollama's own
 THINKING = (
-    r"(?i)[<◁\[](?P<close>/?)(?:think|thinking|thoughts?|reasoning|analysis|seed:think)\s*[>▷\]]"
-    r"|<\|(?:START|(?P<end>END))_THINKING\|>|(?P<done>\.\.\.done thinking\.)"
+    r"(?i:[<◁]/?(?:think|thinking|thoughts?|reasoning|analysis|seed:think|scratchpad)\s*[>▷])|\[/?THINK\]"
+    r"|<\|(?:START|END)_THINKING\|>|<\|(?:begin|end)_of_thought\|>|\.\.\.done thinking\."
 )
-FINAL = "<|channel|>final<|message|>"  # gpt-oss: what comes before is analysis
-SPECIAL_TOKENS = r"<\|\w+\|>|</?s>"  # a template's own marks, <|begin_of_box|> or <|im_end|>
+THINKING_END = r"(?s)(?:.*<\|channel\|>final<\|message\|>|analysis.*assistantfinal)"  # gpt-oss, marks or no marks
+THOUGHTS = (  # without any marks
+    r"(?i)thinking process:|thought the user|the user (?:wants|asks|is asking)|we need to (?:write|caption|describe)"
+    r"|(?:okay|ok|got it|alright)[,.] .{0,40}(?:the user|let['’]s)|let me (?:analy|think|look)"
+)
+TURN_END = r"<\|(?:eot_id|im_end|endoftext|end)\|>|<end_of_turn>|<eos>|</s>|\[/INST\]|<｜end▁of▁sentence｜>"
+SPECIAL_TOKENS = r"<\|im_start\|>assistant|<\|\w+\|>|<s>|</?answer>"  # a template's own, <|begin_of_box|> too
 FENCE = r"(?s)```[\w-]*\n(.*)\n```"
 LINE_MARKS = r"(?m)^(?:#{1,6}|[-*•>]) "
 QUOTED = r"(\"[^\"]{0,500}\"|“[^”“]{0,500}”)"
@@ -1140,18 +1119,24 @@ def unquote(text: str) -> str:
 
 def strip_reasoning(text: str) -> str:
     """Return what a model says after its reasoning; blank when it was still at it."""
-    if FINAL in text or "<|channel|>" in text:
-        return text.rpartition(FINAL)[2] if FINAL in text else ""
-    marks = list(re.finditer(THINKING, text))
-    ends = [mark for mark in marks if mark["close"] or mark["end"] or mark["done"]]
-    if ends:
-        return text[ends[-1].end() :]
-    return "" if marks and not text[: marks[0].start()].strip() else text  # a T-shirt may well read "<think>"
+    if final := re.match(THINKING_END, text):
+        return text[final.end() :]
+    if "<|channel|>" in text:
+        return ""
+    opened, end = False, 0
+    for mark in re.finditer(THINKING, text):
+        closes = "/" in mark[0] or "end" in mark[0].lower() or "done" in mark[0]
+        # an end without a beginning stands on a line of its own; on a T-shirt it may stand anywhere
+        if closes and (opened or text[: mark.start()].endswith("\n") or mark[0].startswith("...")):
+            end = mark.end()
+        opened = opened or (not closes and not text[: mark.start()].strip())
+    return text[end:] if end or not opened else ""
 
 
 def clean_caption(content: str) -> str:
     """Return an answer as one trimmed line: without reasoning, fences, openings, markdown and invisible characters."""
-    text = re.sub(INVISIBLE, "", re.sub(SPECIAL_TOKENS, "", strip_reasoning(content)))
+    text = re.split(TURN_END, strip_reasoning(content), maxsplit=1)[0]
+    text = re.sub(INVISIBLE, "", re.sub(SPECIAL_TOKENS, "", text))
     text = "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
     if fenced := re.fullmatch(FENCE, text):
         text = fenced[1]
@@ -1171,15 +1156,25 @@ def clean_caption(content: str) -> str:
 CANNOT = (
     r"(?:can(?:not|['’]?t| not)|couldn['’]?t|won['’]?t|will not|must (?:\w+ )?decline|(?:am|are) (?:not able|unable))"
 )
+POLITELY = (
+    r"(?:(?:unfortunately|apologies|sorry|regrettably|thank you for [^,.]{0,40}"
+    r"|i (?:appreciate|understand|aim)[^.]{0,80}?)"
+    r"[,.!]? (?:but )?)?"
+)
 REFUSALS = (
-    rf"(?:(?:unfortunately|apologies|sorry|regrettably|thank you for [^,.]{{0,40}})[,.!]? (?:but )?)?"
-    rf"(?:i|I|we) {CANNOT}\b",
+    rf"{POLITELY}(?:i|I|we) {CANNOT}\b",
+    rf"{POLITELY}(?:i|I|we)(?:['’](?:m|re)| am| are) (?:unable|not (?:able|allowed|comfortable|going))\b",
+    rf"{POLITELY}(?:i|I) (?:apologi[sz]e|do not|don['’]t|(?:have|need) to (?:decline|pass))\b|sorry[.!]?$",
     r"(?:i|we)(?:['’](?:m|re)| am| are) (?:\w+ )?(?:sorry|afraid)(?=[,.!;:]|$| (?:but|i|I|that|about|for|to|we)\b)",
-    r"(?:i|we)(?:['’](?:m|re)| am| are) (?:unable|not (?:able|allowed|comfortable|going))\b",
-    r"i (?:apologi[sz]e|do not|don['’]t)\b|my apologies\b|as an? (?:\w+ ){0,2}(?:ai|AI|language model)\b",
-    r"unable to (?:process|assist|help|describe|comply|fulfil)|your request was rejected",
-    r"(?:please|kindly) (?:provide|upload|attach|share) |(?:there (?:is|was) )?no image (?:was |is |has been )?"
-    r"(?:provided|attached|uploaded)",
+    r"i['’](?:d be happy to|ll have to (?:decline|pass))\b|i['’]m (?:just )?an? (?:\w+ )?(?:AI|model|assistant)\b",
+    r"my (?:apologies|guidelines|policy|policies)\b|as an? (?:\w+ ){0,2}(?:ai|AI|(?:language|vision) model)\b",
+    r"unable to (?:process|assist|help|describe|comply|fulfil)|your request was rejected|content removed",
+    r"this (?:image|content|request) (?:may )?(?:violates?|goes against|contains explicit)|hello! [hH]ow can [iI]",
+    r"(?:could you )?(?:please|kindly) (?:provide|upload|attach|share) ",
+    r"you have(?:n['’]t| not) (?:provided|attached|uploaded)",
+    r"(?:there (?:is|was) )?no image (?:was |is |has been )?(?:provided|attached|uploaded|detected|found)",
+    r"(?:the image|it) (?:could not|couldn['’]t|cannot|can['’]t) be (?:loaded|processed|displayed|viewed)",
+    r"there (?:does not|doesn['’]t) (?:appear|seem) to be an(?:y)? image",
     r"it (?:seems|looks like|appears)\b.{0,40}\b(?:no image|image (?:was|is|did) ?n)",
     r"(?:es )?tut mir (?:sehr )?leid\b|ich kann\b.{0,60}\bnicht\b|leider (?:kann|darf) ich\b|entschuldigung,",
     r"(?:je suis )?(?:vraiment )?désolée?\b|je ne (?:peux|suis|puis)\b|malheureusement,? je\b",
@@ -1190,13 +1185,18 @@ REFUSALS = (
     r"к сожалению\b|извините\b|простите\b|мне (?:очень )?жаль\b|я не могу\b",
     r"(?:很|非常|十分)?(?:抱歉|对不起|對不起)|我?(?:无法|無法)(?:识别|描述|处理|協助|协助)|我(?:无法|無法|不能|没办法)",
     r"作为一个?.{0,6}(?:AI|模型|助手)",
+    r"عذر|آسف|لا (?:أستطيع|يمكنني)|क्षमा करें|माफ़|मुझे खेद|xin lỗi|tôi không thể|ขออภัย|ขอโทษ",
+    r"maaf,|saya tidak (?:bisa|dapat)\b",
+    r"omlouvám se|je mi líto|nemohu\b|(?:jag är )?ledsen,|tyvärr\b|jag kan inte\b",
     r"申し訳|すみません|ごめんなさい|죄송|미안",
 )
 REFUSAL = "|".join(f"(?:{pattern})" for pattern in REFUSALS)
 ERROR_TEXT = (
     r"(?i)\W*(?:(?:\w*error|exception)(?: code)?(?: \d+)?\s*[:\]]|traceback \(|an? (?:\w+ )?error (?:has )?occurred"
     r"|(?:http )?(?:\d{3} )?(?:internal server error|bad gateway|service unavailable|gateway time-?out)"
-    r"|too many requests|rate limit (?:exceeded|reached))|\{\s*[\"']"
+    r"|error (?:processing|generating|loading) |cuda error|failed to (?:load|process) |request timed out"
+    r"|oops\b.{0,20}went wrong|upstream connect error|\[object object\]|too many requests"
+    r"|rate limit (?:exceeded|reached))|\{\s*[\"']"
 )
 WEB_PAGE = r"(?is)(?:<!--.*?-->\s*)?<(?:!doctype|html|head|body|title|center|h1|\?xml)\b|<\?xml"
 CUT_OFF = r"(?i)length|max_?tokens"  # model_length is Mistral's
@@ -1209,6 +1209,7 @@ def is_looping(text: str) -> bool:
 
     A model that loops does not find out again, so the end is where it shows.
     """
+    text = re.sub(QUOTED, "", text)  # a blackboard may well say one thing ten times
     words = re.findall(r"\w+", text.casefold())[-180:]
     for size in range(1, len(words) // 3 + 1):
         length = size * max(3, math.ceil(12 / size))
@@ -1233,6 +1234,8 @@ def judge_reply(reply: Reply) -> str:
         raise TryAgain("broken answer", f"the server broke off ({shorten(reply.finish_reason, 40)})")
     if re.match(WEB_PAGE, text) or re.match(ERROR_TEXT, text):
         raise FailImage("error text", f"{shorten(text, 120)}; look at the server", by_server=True)
+    if re.match(THOUGHTS, text):
+        raise FailImage("reasoning only", "set GETCAP_REASONING_EFFORT=none, or take another model")
     if not any(c.isalnum() for c in text) or text.lower() in {"null", "none", "n/a", "undefined"}:
         if reply.has_reasoning or re.search(THINKING, reply.content) or "<|channel|>" in reply.content:
             raise FailImage("reasoning only", "set GETCAP_REASONING_EFFORT=none, or raise GETCAP_MAX_TOKENS")
@@ -1402,10 +1405,12 @@ class Asker:
                 response = await self._client.post(
                     "/chat/completions", cast_to=openai.HttpxBinaryResponseContent, content=body
                 )
-                return parse_reply(response.content.decode(errors="replace"))  # JSON is UTF-8, whatever a header says
+                return parse_reply(
+                    response.content.decode("utf-8-sig", "replace")
+                )  # JSON is UTF-8, whatever a header says
         except openai.APIStatusError as error:
             wait_s = parse_retry_after(error.response.headers, datetime.now(UTC))
-            return parse_error(error.status_code, error.response.content.decode(errors="replace"), wait_s)
+            return parse_error(error.status_code, error.response.content.decode("utf-8-sig", "replace"), wait_s)
         except (openai.APIConnectionError, aiohttp.ClientError) as error:  # the SDK passes on some of the latter
             return describe_broken_connection(error, self._settings.host)
         except TimeoutError:
@@ -1445,7 +1450,7 @@ class Asker:
 
 LARGEST_FILE = 256 * 1024 * 1024
 TEMPORARY = ".gc-"  # trainers pass over names that begin with a dot
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}  # what no other caption would escape
+ONE_FILE = {errno.ENAMETOOLONG, errno.EPERM, errno.EISDIR}  # what is wrong with one caption's place, not with all
 
 
 def open_regular(path: str, flags: int) -> int:
@@ -1486,7 +1491,8 @@ def is_abandoned(name: str, modified: float, now: float) -> bool:
         return True
     except (OSError, OverflowError):
         return False
-    return int(owner[1]) == os.getpid() and now - modified > 2  # a container's processes have the same number each time
+    # a container's processes have the same number each time
+    return int(owner[1]) == os.getpid() and now - modified > 2
 
 
 def prepare_folder(folder: str) -> str:
@@ -1522,7 +1528,7 @@ def put_in_place(temporary: str, path: str) -> bool:
     try:
         os.link(temporary, path)  # unlike a rename it never replaces anything
     except OSError as error:  # a blank caption stands there, or the file system has no hard links
-        if error.errno in NO_ROOM:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT}:
             raise
     else:
         return True
@@ -1552,10 +1558,8 @@ def write_caption(path: str, text: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- Pool
 
-T = TypeVar("T")
 
-
-async def run_pool(jobs: Iterator[T], handle: Callable[[T], Awaitable[None]], workers: int, stop: Stop) -> None:
+async def run_pool(jobs: Iterator[Any], handle: Callable[[Any], Awaitable[None]], workers: int, stop: Stop) -> None:
     """Handle each job in one of N workers; they share the iterator, so that a job is made when a worker is free.
 
     A StopRun from `handle` ends the run: nothing new is begun, what is begun is waited for.
@@ -1648,20 +1652,12 @@ class Report:
 
     def close(self, now: float) -> None:
         """Write the last line of the report file."""
-        self._write_line(
-            {
-                "outcome": "summary",
-                "captioned": self.written,
-                "skipped": dict(self.skipped),
-                "failed": dict(Counter(failure.reason for failure in self.failed)),
-                "left": self.left,
-                "prompt_tokens": self.usage.prompt,
-                "answer_tokens": self.usage.answer,
-                "seconds": round(now - self._started, 3),
-                "stopped": getattr(self.ended_by, "name", None) or (str(self.ended_by) if self.ended_by else None),
-                "exit_code": self.exit_code,
-            }
-        )
+        summary: dict[str, Any] = {"outcome": "summary", "captioned": self.written, "skipped": dict(self.skipped)}
+        summary |= {"failed": Counter(failure.reason for failure in self.failed), "left": self.left}
+        summary |= {"prompt_tokens": self.usage.prompt, "answer_tokens": self.usage.answer}
+        stopped = getattr(self.ended_by, "name", None) or (str(self.ended_by) if self.ended_by else None)
+        summary |= {"seconds": round(now - self._started, 3), "stopped": stopped, "exit_code": self.exit_code}
+        self._write_line(summary)
 
     def _write_line(self, item: Outcome | dict[str, Any]) -> None:
         if self._stream is None:
@@ -1778,7 +1774,7 @@ class Captioner:
             written = await asyncio.to_thread(write_caption, job.caption, text)
         except OSError as error:
             problem = f"{error.strerror}; the answer was: {text}"
-            if error.errno not in NO_ROOM:
+            if error.errno in ONE_FILE:
                 raise FailImage("not written", problem) from error
             log.error("%s: not written: %s", printable(job.caption), problem)  # noqa: TRY400
             folder = printable(os.path.dirname(job.caption))
@@ -1942,12 +1938,31 @@ def run(settings: Settings) -> int:
         report = Report(time.monotonic(), stream)
         try:
             run_captions(settings, image_dir, recipe, report)
-        except KeyboardInterrupt:  # while the plan is made; later ones are waited out
-            report.ended_by = signal.SIGINT
+        except KeyboardInterrupt as error:  # while the plan is made; later ones are waited out
+            report.ended_by = signal.Signals(*error.args or (signal.SIGINT,))
         now = time.monotonic()
         report.close(now)
-        print(report.summary(now), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(report.summary(now), file=sys.stderr)
     return report.exit_code
+
+
+def interrupt(number: int, _frame: FrameType | None) -> None:
+    """Let SIGTERM end what runs as Ctrl-C does."""
+    raise KeyboardInterrupt(number)
+
+
+def flush_output() -> int:
+    """Write what is buffered for both streams; return 1 when standard output takes no more, and forget the rest."""
+    failed = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if not stream.closed:
+                stream.flush()
+        except OSError as error:
+            failed |= stream is sys.stdout and not isinstance(error, BrokenPipeError)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return int(failed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1956,25 +1971,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by who started us (`>&-`)
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a console may know fewer characters
+    signal.signal(signal.SIGTERM, interrupt)
     code = 0
     try:
         settings = read_settings(argv)
         set_up_logging(settings)
         code = run(settings)
-        if not sys.stdout.closed:
-            sys.stdout.flush()
     except SettingsError as error:
-        print(f"gen-captions: {error}", file=sys.stderr)
         code = 2
+        with contextlib.suppress(OSError):
+            print(f"gen-captions: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
+        pass
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # else whoever read our output has seen enough (`| head`)
-            log.error("%s: output cannot be written: %s", error.filename or "standard output", error.strerror)  # noqa: TRY400
-            code = 1
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except KeyboardInterrupt:
-        code = 130
-    return code
+        code = 1
+        log.error("standard output: %s", error.strerror)  # noqa: TRY400
+    except KeyboardInterrupt as error:
+        code = 128 + (error.args or (signal.SIGINT,))[0]
+    return max(code, flush_output())
 
 
 if __name__ == "__main__":

@@ -50,10 +50,12 @@ def test_every_format_goes_out_as_jpeg_with_its_colours(kind: str) -> None:
     assert near(image.getpixel((55, 20)), BLUE)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "YCbCr", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F"])
 def test_every_mode_goes_out_as_rgb(mode: str) -> None:
-    kind = "TIFF" if mode in {"CMYK", "YCbCr", "F", "LA", "I"} else "PNG"
-    source = picture().convert("L").convert("I").convert(mode) if mode in {"I;16", "I", "F"} else picture(mode=mode)
+    kind = "TIFF" if mode in {"CMYK", "F", "LA", "I", "I;16B"} else "JPEG" if mode == "YCbCr" else "PNG"
+    source = (
+        picture().convert("L").convert("I").convert(mode) if mode in {"I;16", "I;16B", "I", "F"} else picture(mode=mode)
+    )
     assert sent(encode(source, kind)).size == (60, 40)
 
 

@@ -29,7 +29,8 @@ def test_the_setting_comes_before_prompt_txt_and_says_so(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("data", "said"), [(b" \n", "is blank"), (b"caf\xe9", "is not UTF-8"), ("x".encode("utf-16"), "is not UTF-8")]
+    ("data", "said"),
+    [(b" \n", "is blank"), (b"caf\xe9", "is not saved as UTF-8"), ("x".encode("utf-16"), "is not saved as UTF-8")],
 )
 def test_a_prompt_file_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, data: bytes, said: str) -> None:
     (tmp_path / "prompt.txt").write_bytes(data)

@@ -291,6 +291,20 @@ def test_a_disk_that_takes_no_more_stops_the_run_and_shows_the_answer(
 
 
 @POSIX
+def test_a_caption_folder_that_vanishes_stops_the_run(tool: Tool, server: Server, make_image: ImageMaker) -> None:
+    for number in range(30):
+        make_image(f"{number:02}.jpg")
+    server.script(latency=0.3)
+    process = tool.start("--image-dir", "images", "--caption-dir", "out", "--thread-pool", "2")
+    wait_until_captions(tool.folder, 1)
+    (tool.folder / "out").rename(tool.folder / "gone")
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 3
+    assert "captions cannot be written: No such file or directory" in err
+    assert server.stats()["requests"] <= 6
+
+
+@POSIX
 def test_a_caption_folder_that_cannot_be_made_stops_before_anything_is_paid_for(
     tool: Tool, server: Server, make_image: ImageMaker
 ) -> None:
@@ -374,7 +388,9 @@ def test_a_report_that_fails_in_mid_run_loses_no_caption(tool: Tool, make_image:
 
 
 @POSIX
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "| true", "2>&1 | true", "--report - | head -1 | grep -q outcome"])
+@pytest.mark.parametrize(
+    "closed", ["2>/dev/full", ">&-", "2>&-", "| true", "2>&1 | true", "--report - | head -1 | grep -q outcome"]
+)
 def test_output_that_nobody_reads_harms_nothing(tool: Tool, make_image: ImageMaker, closed: str) -> None:
     for number in range(3):
         make_image(f"{number}.jpg")
@@ -401,7 +417,6 @@ def test_a_plan_that_cannot_be_printed_is_one_clear_error(tool: Tool, make_image
             command, cwd=tool.folder, env=tool.environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 1
-    assert "standard output: output cannot be written: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
 
 
