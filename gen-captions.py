@@ -818,7 +818,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # cheape
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")  # the current name, and the one other servers know
 LONGEST_WAIT_S = 600.0
 LONGEST_RETRY_AFTER_S = 30 * 86_400.0  # whatever a server asks for beyond that
-LONGEST_TEXT = 200_000  # characters of an answer that are looked at
+LONGEST_TEXT = 200_000  # characters of an answer, reasoning and all
 
 Parameters = dict[str, Any]
 
@@ -996,7 +996,7 @@ def read_choice(choice: Mapping[str, Any], usage: Any) -> Reply:
     details = usage.get("completion_tokens_details")
     reasoning = message.get("reasoning") or message.get("reasoning_content")  # Ollama, vLLM; LM Studio, llama.cpp
     return Reply(
-        content=content[:LONGEST_TEXT] if isinstance(content, str) else "",
+        content=content if isinstance(content, str) else "",
         finish_reason=str(choice.get("finish_reason") or ""),
         refusal=str(message.get("refusal") or ""),
         has_reasoning=bool(reasoning or (isinstance(details, dict) and details.get("reasoning_tokens"))),
@@ -1123,13 +1123,14 @@ def strip_reasoning(text: str) -> str:
         return text[final.end() :]
     if "<|channel|>" in text:
         return ""
-    opened, end = False, 0
+    start, opened, end = len(text) - len(text.lstrip()), False, 0
     for mark in re.finditer(THINKING, text):
         closes = "/" in mark[0] or "end" in mark[0].lower() or "done" in mark[0]
-        # an end without a beginning stands on a line of its own; on a T-shirt it may stand anywhere
-        if closes and (opened or text[: mark.start()].endswith("\n") or mark[0].startswith("...")):
+        # an end without a beginning is the first or last of its line; on a T-shirt it may stand anywhere
+        alone = mark.start() == start or "\n" in text[max(0, mark.start() - 1) : mark.end() + 1]
+        if closes and (opened or alone):
             end = mark.end()
-        opened = opened or (not closes and not text[: mark.start()].strip())
+        opened = opened or (not closes and mark.start() == start)
     return text[end:] if end or not opened else ""
 
 
@@ -1221,6 +1222,8 @@ def is_looping(text: str) -> bool:
 
 def judge_reply(reply: Reply) -> str:
     """Return the caption that an answer holds, one clean line; raises FailImage when it is none."""
+    if len(reply.content) > LONGEST_TEXT:
+        raise FailImage("looping", f"an answer of {len(reply.content):,} characters; take another model")
     text = clean_caption(reply.content)
     by_hand = "caption it by hand or with another model"
     if reply.refusal or re.search(FILTERED, reply.finish_reason) or re.match(REFUSAL, text[:1].lower() + text[1:]):

@@ -428,6 +428,10 @@ CLEANED = [
     (f"<think>The user wants a caption.</think>\n\n{A}", A),
     (f"<thinking>one</thinking><think>two</think>{A}", A),
     (f"I should describe this.\n</think>\n\n{A}", A),
+    (f"</think>{A}", A),
+    (f"\n</think>\n\n{A}", A),
+    (f"The user wants a caption.</think>\n\n{A}", A),
+    (f"<think>{'hm ' * 2000}</think>{A}", A),
     (f"◁think▷hm◁/think▷{A}", A),
     (f"<|begin_of_box|>{A}<|end_of_box|>", A),
     (f"{A}<|im_end|>", A),
@@ -573,6 +577,7 @@ def test_a_refusal_is_no_caption(answer: str) -> None:
         ],
         ({"content": "非常" * 100}, "looping"),
         ({"content": "ha" * 400}, "looping"),
+        ({"content": "A long walk through a town with many houses. " * 9000 + "The end"}, "looping"),
         *[
             ({"content": text}, "error text")
             for text in (
