@@ -8,6 +8,7 @@
 #   "tenacity>=9,<10",
 #   "pillow>=12,<14",
 #   "tqdm>=4.66,<5",
+#   "pyyaml>=6,<7",
 # ]
 # ///
 """Caption a folder of images for training, with OpenAI's vision models or any server that speaks their API.
@@ -19,13 +20,15 @@ Read it from top to bottom; each room uses only rooms above it:
     Text               one way to print any name
     Settings           one table of settings; flag > environment > .env > default
     Data               what the rooms hand to each other
+    Files              read images, write whole or not at all
+    Journal            what was paid for, and what was replaced
     Plan               which images need a caption, and where it goes
     Recipe             what the config folder says about the captions
     Pixels             any image file -> a small upright JPEG
     Request and reply  build the question; judge the answer
+    Trigger and style  make the answer the caption that the training wants
     Throttle           the pace of all workers, and how the run ends early
     Ask                the connection, the retries, what the server taught us
-    Files              read images, write captions whole or not at all
     Pool               N workers over the jobs
     Report             counts, progress, summary, exit code
     Commands, main     one function a command
@@ -41,7 +44,10 @@ import base64
 import contextlib
 import dataclasses
 import errno
+import functools
+import hashlib
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -50,19 +56,24 @@ import re
 import signal
 import stat
 import sys
+import threading
 import time
 import unicodedata
 import warnings
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from io import BytesIO, StringIO
 from pathlib import Path
+from string import Formatter
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:  # imported where they are needed, asyncio too: --help, -n and usage errors must not wait for them
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+    import asyncio
+    import zipfile
+    from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
 
     from openai import AsyncOpenAI
@@ -176,6 +187,20 @@ def parse_model(text: str) -> str:
     return text
 
 
+def parse_trigger(text: str) -> str:
+    """Return the trigger word, or several words: anything that fits into one line of a caption."""
+    if not text.isprintable() or len(text) > 100 or not any(c.isalnum() for c in text) or looks_secret(text):
+        raise ValueError
+    return text
+
+
+def parse_metadata(text: str) -> str:
+    """Return the path of the file for all captions; its ending says which of two shapes it has."""
+    if not text.lower().endswith((".jsonl", ".json")):
+        raise ValueError
+    return text
+
+
 def parse_caption_ext(text: str) -> str:
     """Return the extension without its dot; an extension that trainers misread or that images have is a ValueError."""
     ext = text.removeprefix(".")
@@ -193,6 +218,9 @@ SWITCH = Kind(bool, "", "")
 SECRET = Kind(parse_key, "a key of printable ASCII characters without spaces", "")  # never a flag: others see those
 URL = Kind(parse_url, "a URL such as http://localhost:11434/v1, without a user or a query", "URL")
 MODEL = Kind(parse_model, "a model's name", "NAME")
+STYLE = one_of("prose", "short", "tags")
+TRIGGER = Kind(parse_trigger, "a word, or a few, of at most 100 characters", "WORD")
+METADATA = Kind(parse_metadata, "a file whose name ends in .jsonl or .json", "FILE")
 EXTENSION = Kind(
     parse_caption_ext, "letters and digits as in txt or caption; not json, not an image's extension", "EXT"
 )
@@ -221,8 +249,14 @@ class Settings:
 
     image_dir: Path | None = setting(WHAT, FOLDER, "folder of images, with its sub-folders")
     caption_dir: Path | None = setting(WHAT, FOLDER, "folder for the captions; beside the images when left out")
-    config_dir: Path | None = setting(WHAT, FOLDER, "folder whose prompt.txt, if any, is the prompt")
-    caption_ext: str = setting(WHAT, EXTENSION, "extension of the caption files", "txt", "GETCAP_CAPTION_EXT")
+    config_dir: Path | None = setting(WHAT, FOLDER, "folder of ai-toolkit job files, prompt.txt and exclude.txt")
+    caption_ext: str | None = setting(
+        WHAT, EXTENSION, "extension of the caption files; else the job file's, else txt", None, "GETCAP_CAPTION_EXT"
+    )
+    overwrite: bool = setting(
+        WHAT, SWITCH, "renew captions made with another model, prompt, style or trigger, unless edited since", False
+    )
+    metadata: str | None = setting(WHAT, METADATA, "also keep all captions in one file: .jsonl, or ai-toolkit's .json")
     limit: int | None = setting(WHAT, whole_number(1, 10**9), "try at most this many images, then stop")
 
     api_key: str = setting(HOW, SECRET, "key of the server", "", "OPENAI_API_KEY")
@@ -230,6 +264,13 @@ class Settings:
     model: str = setting(HOW, MODEL, "vision model", "gpt-6-luna", "GETCAP_MODEL")
     prompt: str | None = setting(
         HOW, TEXT, "what the model is told; else prompt.txt, else the built-in one", None, "GETCAP_PROMPT"
+    )
+    style: str = setting(HOW, STYLE, "what captions are: prose, short (one sentence) or tags", "prose", "GETCAP_STYLE")
+    max_words: int | None = setting(
+        HOW, whole_number(1, 10_000), "most words of a caption; unset: as the prompt asks", None, "GETCAP_MAX_WORDS"
+    )
+    trigger: str | None = setting(
+        HOW, TRIGGER, "word that opens each caption; else [trigger] where a job file sets one", None, "GETCAP_TRIGGER"
     )
     max_side: int = setting(HOW, whole_number(32, 8192), "longest side in pixels that is sent", 1024, "GETCAP_MAX_SIDE")
     max_tokens: int = setting(HOW, whole_number(1, 100_000), "longest answer in tokens", 300, "GETCAP_MAX_TOKENS")
@@ -262,6 +303,7 @@ class Settings:
         SHOW, one_of("DEBUG", "INFO", "WARNING", "ERROR"), "how much is said", "INFO", "GETCAP_LOG_LEVEL"
     )
 
+    undo: bool = setting(REPAIR, SWITCH, "put back the captions that the last --overwrite replaced", False)
     fix_encoding: bool = setting(REPAIR, SWITCH, "repair the encoding of captions and config files (not yet)", False)
 
     @property
@@ -429,19 +471,53 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """What the journal says of one image: what was asked, of which bytes, and what became of it."""
+
+    outcome: str  # captioned, refused
+    question: str = ""  # fingerprint of model and prompt: what a refusal answers
+    recipe: str = ""  # fingerprint of those and the style: what a caption is made from, but for its trigger
+    trigger: str = ""
+    image_sha256: str = ""
+    image_size: int = 0
+    image_mtime_ns: int = 0
+    caption_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One image that needs a caption. Paths are strings: 100,000 of them are light and keep undecodable bytes."""
 
     image: str
     caption: str
+    replaces: Entry | None = None  # the caption of ours that stands there
+    trigger_only: bool = False  # nothing but its trigger is out of date, so that nothing need be asked
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """What opens each caption, and the word that it stands for, blank when there is none."""
+
+    put: str = ""
+    word: str = ""
+    source: str = "no job file sets one"
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What the captions of this run are made from, and where that comes from."""
 
-    prompt: str
-    source: str
+    prompt: str  # with {trigger} {name} {folder} {caption} {exclude} to be filled in for each image
+    prompt_source: str
+    question: str  # see Entry
+    identity: str  # fingerprint of all that a caption is made from, but for its trigger
+    style: str = "prose"
+    max_words: int | None = None
+    exclude: tuple[str, ...] = ()
+    trigger: Trigger = Trigger()
+    caption_ext: str = "txt"
+    ext_source: str = "the default"
+    remarks: tuple[str, ...] = ()  # what the user should know about the config folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,10 +533,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The caption is on disk."""
+    """The caption is on disk. Each note is its kind and its detail: something to look at."""
 
     job: Job
     text: str
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,6 +546,7 @@ class Skipped:
 
     path: str
     reason: str
+    caption: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -510,13 +588,311 @@ class CutOff(FailImage):
     """The answer met the token limit before its end."""
 
 
-# ---------------------------------------------------------------------------------------------------- Plan
+# --------------------------------------------------------------------------------------------------- Files
 
 # a pipe would wait for its writer without O_NONBLOCK, which Windows has not, as others have no O_BINARY
 READ_ONLY = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-LONGEST_NAME = 255  # bytes, on every common file system
 BLANKS = b" \t\r\n\v\f\0"  # with the zero bytes that a power cut can leave
 BOM = b"\xef\xbb\xbf"
+LARGEST_FILE = 256 * 1024 * 1024
+TEMPORARY = ".gc-"  # trainers pass over names that begin with a dot
+ONE_FILE = {errno.ENAMETOOLONG, errno.EPERM, errno.EISDIR}  # what is wrong with one caption's place, not with all
+
+
+def has_text(path: str) -> bool:
+    """Return whether the file holds anything but blanks. Raises OSError when it is missing or cannot be read."""
+    handle = os.open(path, READ_ONLY)
+    try:
+        if os.read(handle, 4096).removeprefix(BOM).strip(BLANKS):
+            return True
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is no file", path)
+        return any(chunk.strip(BLANKS) for chunk in iter(lambda: os.read(handle, 65536), b""))
+    finally:
+        os.close(handle)
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Open a file for reading; a pipe or device, which would wait for ever, is a FailImage, so is a giant."""
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_FILE:
+        return handle
+    os.close(handle)
+    if stat.S_ISREG(status.st_mode):
+        raise FailImage("file too large", f"{status.st_size >> 20} MiB, at most {LARGEST_FILE >> 20}: shrink it first")
+    raise FailImage("not a file", "a pipe or a device: take it out")
+
+
+async def read_image(path: str) -> tuple[bytes, int]:
+    """Return an image file's bytes and the time of its last change in ns; raises FailImage."""
+    import aiofiles
+
+    try:
+        async with aiofiles.open(path, "rb", opener=open_regular) as file:
+            return await file.read(), os.fstat(file.fileno()).st_mtime_ns
+    except OSError as error:
+        raise FailImage("unreadable file", str(error.strerror)) from error
+
+
+def is_abandoned(name: str, modified: float, now: float) -> bool:
+    """Return whether a temporary file was left by a run that died: each lives for milliseconds."""
+    owner = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-\w+", name)
+    if owner is None:
+        return False
+    if now - modified > 60:
+        return True
+    if os.name == "nt":  # there os.kill ends the process it asks about
+        return False
+    try:
+        os.kill(int(owner[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    # a container's processes have the same number each time
+    return int(owner[1]) == os.getpid() and now - modified > 2
+
+
+def prepare_folder(folder: str) -> str:
+    """Make a caption folder ready: it exists, can be written to, and holds no temporary file of a dead run.
+
+    Returns what is in the way, blank when nothing is: known before anything is paid for that could not be kept.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        names = os.listdir(folder)
+    except OSError as error:
+        return error.strerror or str(error)
+    for name in names:
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):  # another run may be quicker to clean up
+            if name.startswith(TEMPORARY) and is_abandoned(name, os.lstat(path).st_mtime, time.time()):
+                os.unlink(path)
+    return "" if os.access(folder, os.W_OK | os.X_OK) else "may not be written to"
+
+
+def has_caption(path: str) -> bool:
+    """Return whether a caption stands there, blank ones and none at all aside; one that cannot be read counts."""
+    try:
+        return has_text(path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def hash_file(path: str) -> str:
+    """Return a file's SHA-256 in hex. Raises OSError."""
+    with open(path, "rb", opener=lambda name, _: os.open(name, READ_ONLY)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: str, fill: Callable[[IO[bytes]], Any], place: Callable[[str, str], Any] = os.replace) -> Any:
+    """Write a file whole or not at all: `fill` writes it under another name, `place` gives it its own. Raises OSError.
+
+    The name is taken only when the bytes are on the disk; permissions are what the umask gives, so that a trainer of
+    another user can read it. Returns what `place` returns.
+    """
+    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        with open(temporary, "xb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        return place(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def put_in_place(temporary: str, path: str) -> bool:
+    """Give a whole file its name; False when a caption has come to stand there. Raises OSError."""
+    try:
+        os.link(temporary, path)  # unlike a rename it never replaces anything
+    except OSError as error:  # a blank caption stands there, or the file system has no hard links
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT}:
+            raise
+    else:
+        return True
+    if has_caption(path):
+        return False
+    os.replace(temporary, path)
+    return True
+
+
+def put_instead(temporary: str, path: str, status: os.stat_result) -> None:
+    """Replace a file by a whole one that has the permissions, the owner and the times of `status`. Raises OSError."""
+    os.chmod(temporary, stat.S_IMODE(status.st_mode))
+    with contextlib.suppress(OSError, AttributeError):  # only the superuser may give files away; Windows has no owners
+        os.chown(temporary, status.st_uid, status.st_gid)
+    os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(temporary, path)
+
+
+def encode_caption(text: str) -> bytes:
+    """Return a caption file's bytes: one line of UTF-8 without BOM, ended by a newline."""
+    return text.encode() + b"\n"
+
+
+def hash_text(text: str) -> str:
+    """Return the SHA-256 in hex of a caption's file."""
+    return hashlib.sha256(encode_caption(text)).hexdigest()
+
+
+def write_caption(path: str, data: bytes, replaces: str = "") -> bool:
+    """Write a caption whole or not at all. Raises OSError.
+
+    False when another caption than the one with the SHA-256 `replaces` stands there by now: it is left alone.
+    """
+
+    def place(temporary: str, path: str) -> bool:
+        if not replaces:
+            return put_in_place(temporary, path)
+        if hash_file(path) != replaces:
+            return False
+        os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
+        os.replace(temporary, path)
+        return True
+
+    return bool(write_whole(os.path.realpath(path) if replaces else path, lambda file: file.write(data), place))
+
+
+# ------------------------------------------------------------------------------------------------- Journal
+
+STATE_FOLDER = ".gen-captions"  # trainers pass over it
+KEPT, UNDONE, RESTORED = "replaced", "undone", "restored"  # zips of originals, by what became of them
+INDEX = "index.json"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return 16 hex digits that stand for these values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def parse_entry(line: bytes) -> tuple[str, Entry] | None:
+    """Return the caption's name and the entry of a journal line, None for a line that a crash has torn."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("caption"), str):
+        return None
+    values = {item.name: found.get(item.name, "") for item in dataclasses.fields(Entry)}
+    if not all(isinstance(value, str | int) for value in values.values()):
+        return None
+    # most lines share these, and 100,000 of them are held
+    same = {name: sys.intern(str(values[name])) for name in ("outcome", "question", "recipe", "trigger")}
+    return found["caption"], Entry(**{**values, **same})
+
+
+class Journal:
+    """What was asked and paid for: lines of JSON in `.gen-captions` of the caption folder, only ever added to.
+
+    It tells our captions from those that a person edited or another tool made.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.folder = os.path.join(root, STATE_FOLDER)
+        self._root = os.path.join(root, "")
+        self._path = os.path.join(self.folder, "journal.jsonl")
+        self._handle = -1
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def history(self) -> dict[str, list[Entry]]:
+        """The entries of each caption, oldest first, as they were when first asked for. Raises SettingsError."""
+        found: dict[str, list[Entry]] = {}
+        try:
+            with open(self._path, "rb") as file:
+                for caption, entry in filter(None, map(parse_entry, file)):
+                    found.setdefault(caption, []).append(entry)
+        except (FileNotFoundError, NotADirectoryError):  # the latter is said when the folder is to be made
+            return {}
+        except OSError as error:
+            raise SettingsError(f"{printable(self._path)}: cannot be read: {error.strerror}") from None
+        return found
+
+    def name(self, caption: str) -> str:
+        """Return the name that a caption has in the journal: its path below the caption folder."""
+        return caption.removeprefix(self._root).replace(os.sep, "/")
+
+    def path(self, name: str) -> str:
+        """Return the caption's path by its name in the journal."""
+        return os.path.join(self._root, *name.split("/"))
+
+    def past(self, caption: str) -> Sequence[Entry]:
+        """Return what is known of a caption, oldest first."""
+        return self.history.get(self.name(caption), ()) if self.history else ()
+
+    def open(self) -> None:
+        """Get ready to write. Raises OSError, and StopRun when another run is writing."""
+        os.makedirs(self.folder, exist_ok=True)
+        self._handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        with contextlib.suppress(ImportError):  # Windows has no fcntl; some network folders have no locks
+            import fcntl
+
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StopRun(f"{printable(self._path)}: another run is at work there; wait for its end") from None
+            except OSError:
+                log.debug("%s: cannot be locked", printable(self._path))
+        size = os.fstat(self._handle).st_size
+        os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
+        if size and os.read(self._handle, 1) != b"\n":  # a crash tore the last line
+            os.write(self._handle, b"\n")
+
+    def append(self, caption: str, entry: Entry, **more: Any) -> None:
+        """Write one entry, and what else is worth knowing of it, to the disk. Raises OSError."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = {"time": now, "caption": self.name(caption), **more, **dataclasses.asdict(entry)}
+        data = json.dumps(line).encode() + b"\n"
+        with self._lock:
+            while data:  # a full disk takes a part first
+                data = data[os.write(self._handle, data) :]
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        """Let go of the file and its lock."""
+        if self._handle >= 0:
+            os.close(self._handle)
+
+
+def keep_originals(root: str, paths: Iterable[str], kind: str) -> str:
+    """Keep the bytes, times and permissions of files below `root` in one zip, and return its path. Raises OSError."""
+    import zipfile
+
+    index: list[Any] = []
+
+    def fill(file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in paths:
+                status = os.stat(path)
+                name = os.path.relpath(path, root).replace(os.sep, "/")
+                member = zipfile.ZipInfo(name.encode("utf-8", "backslashreplace").decode())
+                archive.writestr(member, Path(path).read_bytes(), zipfile.ZIP_DEFLATED)
+                index.append([name, status.st_mtime_ns, stat.S_IMODE(status.st_mode)])
+            archive.writestr(INDEX, json.dumps(index))
+
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    target = os.path.join(root, STATE_FOLDER, f"{kind}-{now}.zip")
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    write_whole(target, fill)
+    return target
+
+
+def newest_originals(root: str) -> str:
+    """Return the zip of originals that the last run kept below `root`, blank when there is none."""
+    folder = os.path.join(root, STATE_FOLDER)
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    newest = max((name for name in names if name.startswith(f"{KEPT}-") and name.endswith(".zip")), default="")
+    return newest and os.path.join(folder, newest)
+
+
+# ---------------------------------------------------------------------------------------------------- Plan
+
+LONGEST_NAME = 255  # bytes, on every common file system
 
 
 def caption_name(image_name: str, ext: str) -> str:
@@ -539,19 +915,6 @@ def find_clashes(names: Iterable[str]) -> dict[str, str]:
             clashes[name] = other
             clashes.setdefault(other, name)
     return clashes
-
-
-def has_text(path: str) -> bool:
-    """Return whether the file holds anything but blanks. Raises OSError when it is missing or cannot be read."""
-    handle = os.open(path, READ_ONLY)
-    try:
-        if os.read(handle, 4096).removeprefix(BOM).strip(BLANKS):
-            return True
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "is no file", path)
-        return any(chunk.strip(BLANKS) for chunk in iter(lambda: os.read(handle, 65536), b""))
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -597,22 +960,68 @@ def list_captions(path: str) -> set[str]:
         return set()
 
 
-def plan_image(name: str, folder: str, target: str, ext: str, captions: set[str]) -> Job | Skipped | Failed:
+def keep_existing(image: str, caption: str, has_caption: bool) -> Job | Skipped | Failed:
+    """Decide about an image without looking at what is known of it: a caption that exists is left alone."""
+    return Skipped(image, "has a caption", caption) if has_caption else Job(image, caption)
+
+
+def is_same_image(path: str, entry: Entry) -> bool:
+    """Return whether the file holds the bytes that the entry was made from; those of an unchanged file are not read."""
+    try:
+        status = os.stat(path)
+        if (status.st_size, status.st_mtime_ns) == (entry.image_size, entry.image_mtime_ns):
+            return True
+        return status.st_size == entry.image_size and hash_file(path) == entry.image_sha256
+    except OSError:
+        return False  # the run will say what is wrong with it
+
+
+def judge_image(
+    image: str, caption: str, has_caption: bool, *, journal: Journal, recipe: Recipe, overwrite: bool
+) -> Job | Skipped | Failed:
+    """Decide about an image by what the journal knows of it.
+
+    What was refused is not asked again with the same model and prompt. With `overwrite`, a caption that we wrote and
+    nobody touched since is renewed when its recipe or its image has changed. Raises OSError.
+    """
+    if has_caption and not overwrite:
+        return keep_existing(image, caption, has_caption)
+    past = journal.past(caption)
+    refused = next((e for e in past if e.outcome == "refused" and e.question == recipe.question), None)
+    if refused and is_same_image(image, refused):
+        detail = "with this model and prompt; caption it by hand, or change one of them"
+        return Failed(image, "refused before", detail)
+    if not has_caption:
+        return Job(image, caption)
+    ours = [entry for entry in past if entry.outcome == "captioned"]
+    now = hash_file(caption)
+    entry = next((entry for entry in reversed(ours) if entry.caption_sha256 == now), None)
+    if entry is None:
+        return Skipped(image, "edited by hand" if ours else "made elsewhere", caption)
+    trigger_only = entry.recipe == recipe.identity and is_same_image(image, entry)
+    if trigger_only and entry.trigger == recipe.trigger.put:
+        return Skipped(image, "up to date", caption)
+    return Job(image, caption, entry, trigger_only)
+
+
+Judge = Callable[[str, str, bool], Job | Skipped | Failed]
+
+
+def plan_image(name: str, folder: str, target: str, ext: str, names: set[str], judge: Judge) -> Job | Skipped | Failed:
     """Decide about one image of a folder, given its caption folder's path and names. Both paths end in a separator."""
     file_name = caption_name(name, ext)
     image, caption = folder + name, target + file_name
     if len(file_name) > LONGEST_NAME // 4 and len(os.fsencode(file_name)) > LONGEST_NAME:
         return Failed(image, "name too long", f"its caption file's name would be over {LONGEST_NAME} bytes: rename it")
-    if file_name in captions:
-        try:
-            if has_text(caption):
-                return Skipped(image, "has a caption")
-        except OSError as error:
-            return Failed(image, "unreadable caption", f"{printable(caption)}: {error.strerror}")
-    return Job(image, caption)
+    try:
+        return judge(image, caption, file_name in names and has_text(caption))
+    except OSError as error:
+        return Failed(image, "unreadable caption", f"{printable(caption)}: {error.strerror}")
 
 
-def plan_folder(image_dir: Path, caption_dir: Path | None, ext: str) -> Iterator[Job | Skipped | Failed]:
+def plan_folder(
+    image_dir: Path, caption_dir: Path | None, ext: str, judge: Judge = keep_existing
+) -> Iterator[Job | Skipped | Failed]:
     """Yield what is to be done with each image below `image_dir`, folder by folder, each folder sorted.
 
     Only one folder's names are held at a time. Real folders come before links to folders, and none is entered
@@ -643,7 +1052,7 @@ def plan_folder(image_dir: Path, caption_dir: Path | None, ext: str) -> Iterator
                 detail = f"{printable(other)} would use it too: rename one of them"
                 yield Failed(folder + name, "shared caption file", detail)
             else:
-                yield plan_image(name, folder, target, ext, captions)
+                yield plan_image(name, folder, target, ext, captions, judge)
 
 
 def check_folders(settings: Settings) -> Path:
@@ -666,28 +1075,318 @@ def check_folders(settings: Settings) -> Path:
 
 # -------------------------------------------------------------------------------------------------- Recipe
 
-DEFAULT_PROMPT = """\
+PROMPTS = {
+    "prose": """\
 Write one caption for this image, for training an image generator: plain English prose, one paragraph, \
-at most 90 words, fewer for a simple image.
+at most {words} words, fewer for a simple image.
 Start with the main subject and its action. Continue with clothing or materials and their colours, other objects, \
 where things are, the setting, the lighting, the shot type and camera angle. End with the medium, such as photo, \
 drawing or 3D render.
 Write definite facts, one exact word per colour, material and pose. Count up to five; beyond that write "many". \
 Left and right are the viewer's. Describe people by visible attributes. Copy large readable text exactly, in double \
 quotes. Skip whatever is unclear or absent.
-Output only the caption."""
+Output only the caption.""",
+    "short": """\
+Describe this image in one plain English sentence of at most {words} words: the main subject and its action first, \
+then colours and clothing or material, the setting, the shot type. Use only what is clearly visible.
+Output only the sentence.""",
+    "tags": """\
+Write tags for this image: one line, lowercase, separated by commas, at most {words} words in all, tags of one to \
+three words, each once.
+Order: number and kind of subjects, clothing, pose, expression, framing, objects, setting, lighting.
+Tag only what is clearly visible.
+Output only the tags.""",
+}
+USUAL_WORDS = {"prose": 90, "short": 35, "tags": 60}  # what the prompts ask for; only --max-words is held to
+UNSAID = "Leave these unsaid, they are already known: {exclude}."
+PLACEHOLDERS = ("trigger", "name", "folder", "caption", "exclude")
+TRAINERS_MARK = "[trigger]"  # ai-toolkit fills it in, or deletes it where no trigger is set
+LARGEST_JOB_FILE = 4 * 1024 * 1024  # whatever is larger is data
 
 
-def read_recipe(settings: Settings) -> Recipe:
-    """Return the recipe: GETCAP_PROMPT when it is set, else prompt.txt, else the built-in prompt."""
-    path = settings.config_dir / "prompt.txt" if settings.config_dir else None
-    from_file = read_text(path).strip() if path and path.exists() else None
-    if from_file == "":
-        raise SettingsError(f"{printable(str(path))}: is blank; write the prompt into it or delete it")
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One dataset of an ai-toolkit job file, as the trainer reads it; of a process without any, its trigger alone."""
+
+    file: str
+    folder: str = ""
+    trigger: str = ""
+    caption_ext: str = "txt"
+    is_reg: bool = False
+
+
+def placeholders(template: str, source: str) -> set[str]:
+    """Return which placeholders a prompt uses. Raises the SettingsError that names one that is none."""
+    allowed = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+    advice = f"allowed: {allowed}; literal braces are written {{{{ and }}}}"
+    try:
+        fields = [found[1:] for found in Formatter().parse(template) if found[1] is not None]
+    except ValueError as error:
+        raise SettingsError(f"{source}: {error}; {advice}") from None
+    for name, spec, conversion in fields:
+        if name not in PLACEHOLDERS or spec or conversion:
+            raise SettingsError(f"{source}: {{{shorten(str(name), 40)}}} is no placeholder; {advice}")
+    return {str(name) for name, _, _ in fields}
+
+
+def fill_prompt(recipe: Recipe, image: str, caption: str) -> str:
+    """Return the prompt for one image. `caption` is what its caption file says so far."""
+    return recipe.prompt.format(
+        trigger=recipe.trigger.word,
+        name=os.path.splitext(os.path.basename(image))[0],
+        folder=os.path.basename(os.path.dirname(os.path.abspath(image))),
+        caption=caption,
+        exclude=", ".join(recipe.exclude),
+    )
+
+
+def build_prompt(style: str, max_words: int | None, exclude: Sequence[str], own: str | None, source: str) -> str:
+    """Return the prompt with its placeholders: the user's own or the style's, with the rules that it lacks."""
+    template = own or PROMPTS[style].replace("{words}", str(max_words or USUAL_WORDS[style]))
+    *lines, last = template.split("\n")
+    rules = [f"Use at most {max_words} words."] if own and max_words else []
+    rules += [UNSAID] if exclude and "exclude" not in placeholders(template, source) else []
+    return "\n".join([*lines, last, *rules] if own else [*lines, *rules, last])
+
+
+def as_text(value: Any, where: str, remarks: list[str]) -> str:
+    """Return a YAML value as text; what YAML 1.1 made of a word without quotes is remarked on."""
+    if value is None or isinstance(value, str):
+        if value and not value.isprintable():
+            remarks.append(f"{where}: holds a control character; a Windows path belongs in single quotes")
+        return value or ""
+    kind = {bool: "yes or no", int: "a number", float: "a number", list: "a list"}.get(type(value), "no text")
+    remarks.append(f"{where}: YAML reads it as {kind} ({shorten(str(value), 40)}); put it in quotes")
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else ""
+
+
+def read_dataset(found: Mapping[str, Any], inherited: Any, file: str, name: str, remarks: list[str]) -> Dataset:
+    """Return a dataset of a job file, with the defaults of ai-toolkit's DatasetConfig (toolkit/config_modules.py)."""
+
+    def text(key: str, value: Any) -> str:
+        return as_text(value, f"{file}: {key}", remarks).replace("[name]", name)
+
+    word = found.get("trigger_word")
+    path = found.get("dataset_path") or found.get("folder_path")
+    old_ext = found.get("caption_type")  # wins, and gets no dot
+    ext = text("caption_ext", found.get("caption_ext") or "txt")
+    if old_ext is not None:
+        ext = text("caption_type", old_ext)
+        if not ext.startswith("."):
+            remarks.append(f'{file}: caption_type: the trainer adds no dot to it; write caption_ext: "{ext}" instead')
+    return Dataset(
+        file=file,
+        folder=text("folder_path", path),
+        trigger=text("trigger_word", inherited if word is None else word).strip(),
+        caption_ext=ext,
+        is_reg=found.get("is_reg") is True,
+    )
+
+
+def read_job(document: Any, file: str, remarks: list[str]) -> list[Dataset]:
+    """Return the datasets of a parsed job file, none when it is something else."""
+    config = document.get("config") if isinstance(document, dict) and "job" in document else None
+    processes = config.get("process") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(processes, list):
+        return []
+    name, datasets = str(config.get("name") or ""), []
+    for process in filter(lambda item: isinstance(item, dict), processes):
+        word = process.get("trigger_word")
+        own = process.get("datasets")
+        own = [found for found in own if isinstance(found, dict)] if isinstance(own, list) else []
+        datasets += [read_dataset(found, word, file, name, remarks) for found in own or [{}]]
+    return datasets
+
+
+def parse_documents(text: str, file: str) -> list[Any]:
+    """Return what a YAML or JSON file holds. Raises the SettingsError that names file, line and column."""
+    import yaml
+
+    try:
+        if file.lower().endswith(".json"):
+            return [json.loads(text)]
+        return list(yaml.safe_load_all(text))
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{file}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except yaml.constructor.ConstructorError:  # other programs' tags: no job file, since ai-toolkit could not read it
+        return []
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, shorten(error.problem or "broken YAML", 120)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        advice = "; a Windows path belongs in single quotes" if "escape" in problem else ""
+        raise SettingsError(f"{file}: {where}{problem}{advice}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # characters, dates, depths that cannot be
+        raise SettingsError(f"{file}: cannot be read as YAML or JSON: {shorten(str(error), 160)}") from None
+
+
+def fill_variables(text: str, environ: Mapping[str, str], file: str, remarks: list[str]) -> str:
+    """Return a job file's text with `${NAME}` filled in, in comments too, as ai-toolkit does before it parses."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in environ:
+            remarks.append(f"{file}: ${{{match[1]}}} is not set; ai-toolkit will refuse the file")
+        return environ.get(match[1], match[0])
+
+    return re.sub(r"\$\{([^}\n]+)\}", value, text)
+
+
+def read_job_files(folder: Path, environ: Mapping[str, str]) -> tuple[list[Dataset], list[str]]:
+    """Return the datasets of all job files in a folder, and what to remark on. Raises SettingsError.
+
+    Sub-folders are not looked into: ai-toolkit's own has dozens of example files.
+    """
+    datasets: list[Dataset] = []
+    remarks: list[str] = []
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        is_ours = name[0] != "." and name.lower().endswith((".yaml", ".yml", ".json")) and path.is_file()
+        if is_ours and path.stat().st_size <= LARGEST_JOB_FILE:
+            shown = printable(str(path))
+            said: list[str] = []
+            text = fill_variables(read_text(path), environ, shown, said)
+            found = [item for document in parse_documents(text, shown) for item in read_job(document, shown, said)]
+            datasets += found
+            remarks += said if found else []
+    return datasets, list(dict.fromkeys(remarks))  # one dataset may stand there for each resolution
+
+
+def last_part(path: str) -> str:
+    """Return the last name of a path of any system, in one letter case."""
+    return (re.split(r"[\\/]+", path.rstrip("\\/")) or [""])[-1].casefold()
+
+
+def match_datasets(datasets: Sequence[Dataset], places: Sequence[str]) -> tuple[list[Dataset], bool]:
+    """Return the datasets that lie at one of these real paths; else those of another machine with their last names.
+
+    The flag says that it was the last names that agreed.
+    """
+    exact = [item for item in datasets if item.folder and os.path.realpath(item.folder) in places]
+    if exact:
+        return exact, False
+    names = {last_part(place) for place in places}
+    elsewhere = [item for item in datasets if item.folder and not os.path.exists(item.folder)]
+    return [item for item in elsewhere if last_part(item.folder) in names], True
+
+
+def decide_trigger(word: str | None, matching: Sequence[Dataset], datasets: Sequence[Dataset]) -> Trigger:
+    """Return what opens the captions: the user's word, else the mark that ai-toolkit fills in where a job file has one.
+
+    A regularisation set gets none: the trainer replaces triggers there.
+    """
+    if matching and all(item.is_reg for item in matching):
+        return Trigger(source=f"{matching[0].file} says that this is a regularisation set (is_reg)")
+    if word:
+        return Trigger(word, "" if word == TRAINERS_MARK else word, "--trigger or GETCAP_TRIGGER")
+    job = next((item for item in matching or datasets if item.trigger and not item.is_reg), None)
+    return Trigger(TRAINERS_MARK, job.trigger, f"{job.file}, trigger_word {job.trigger}") if job else Trigger()
+
+
+def remark_on_trigger(trigger: Trigger, matching: Sequence[Dataset]) -> list[str]:
+    """Return what the trainer of the job files would do to captions that open with the user's word."""
+    if trigger.put in {"", TRAINERS_MARK}:
+        return []
+    remarks = []
+    for item in matching:
+        if item.trigger and item.trigger not in trigger.put:
+            same = item.trigger.casefold() == trigger.put.casefold()
+            how = "differs only in case" if same else "is another word"
+            said = f"the trigger {trigger.put}: the trigger_word {item.trigger} of {item.file} {how}"
+            remarks.append(f"{said}, and the trainer would put it in front too; leave --trigger out, or use that word")
+    return remarks[:1]
+
+
+def decide_extension(ext: str | None, matching: Sequence[Dataset]) -> tuple[str, str]:
+    """Return the extension of the captions and where it comes from. Raises SettingsError when job files disagree."""
+    if ext:
+        return ext, "--caption-ext or GETCAP_CAPTION_EXT"
+    found = {item.caption_ext.removeprefix("."): item.file for item in matching}
+    if len(found) > 1:
+        said = " and ".join(f"{file} says {ext}" for ext, file in found.items())
+        raise SettingsError(f"GETCAP_CAPTION_EXT: is not set, and {said}; set it to the one that is meant")
+    for name, file in found.items():
+        return parse_value(f"{file}: caption_ext (GETCAP_CAPTION_EXT would win)", EXTENSION, name), file
+    return "txt", "the default"
+
+
+def read_own(folder: Path | None, name: str) -> str | None:
+    """Return the text of a file of ours in the config folder, None when there is none. Raises SettingsError."""
+    path = folder / name if folder else None
+    text = read_text(path).strip() if path and path.exists() else None
+    if text == "":
+        raise SettingsError(f"{printable(str(path))}: is blank; write into it or delete it")
+    return text
+
+
+def choose_prompt(settings: Settings) -> tuple[str | None, str]:
+    """Return the user's own prompt, if any, and where the prompt comes from: GETCAP_PROMPT, prompt.txt or built in."""
+    from_file = read_own(settings.config_dir, "prompt.txt")
     if settings.prompt is not None:
         source = "--prompt or GETCAP_PROMPT"
-        return Recipe(settings.prompt, f"{source}, not prompt.txt" if from_file else source)
-    return Recipe(from_file, "prompt.txt") if from_file else Recipe(DEFAULT_PROMPT, "built in")
+        return settings.prompt, f"{source}, not prompt.txt" if from_file else source
+    return from_file, "prompt.txt" if from_file else f"built in, {settings.style}"
+
+
+def remark_on_places(settings: Settings, matching: Sequence[Dataset]) -> list[str]:
+    """Return the remark that the trainer will not find captions that lie elsewhere than the images."""
+    image_dir, caption_dir = settings.image_dir, settings.caption_dir
+    if not image_dir or not caption_dir or os.path.realpath(image_dir) == os.path.realpath(caption_dir):
+        return []
+    beside = [item for item in matching if last_part(item.folder) == last_part(os.path.realpath(image_dir))]
+    return [
+        f"{item.file}: the trainer looks for captions beside the images, not in {printable(str(caption_dir))}; leave "
+        "--caption-dir out, or keep them in one file with --metadata FILE.json and set dataset_path to that"
+        for item in beside[:1]
+    ]
+
+
+def read_recipe(settings: Settings, environ: Mapping[str, str]) -> Recipe:
+    """Return the recipe by the settings and the config folder. Raises SettingsError."""
+    folder = settings.config_dir if settings.config_dir and settings.config_dir.exists() else None
+    datasets, remarks = read_job_files(folder, environ) if folder else ([], [])
+    given = (settings.image_dir, settings.caption_dir, settings.metadata)
+    matching, by_name = match_datasets(datasets, [os.path.realpath(path) for path in given if path])
+    if matching and by_name:
+        shown = f"{matching[0].file}: {printable(matching[0].folder)}"
+        remarks.append(f"{shown} is not on this machine; taken for the folder of the same name here")
+    trigger = decide_trigger(settings.trigger, matching, datasets)
+    ext, ext_source = decide_extension(settings.caption_ext, matching)
+    own, source = choose_prompt(settings)
+    excluded = (read_own(folder, "exclude.txt") or "").splitlines()
+    exclude = tuple(filter(None, (" ".join(line.split()) for line in excluded)))
+    prompt = build_prompt(settings.style, settings.max_words, exclude, own, source)
+    used = placeholders(prompt, source)
+    if "trigger" in used and not trigger.word:
+        remarks.append(f"{source}: {{trigger}} stays blank; no trigger is set")
+    told = trigger.word if "trigger" in used else ""
+    question = fingerprint(settings.model, prompt, exclude, told)
+    return Recipe(
+        prompt=prompt,
+        prompt_source=source,
+        question=question,
+        identity=fingerprint(question, settings.style, settings.max_words),
+        style=settings.style,
+        max_words=settings.max_words,
+        exclude=exclude,
+        trigger=trigger,
+        caption_ext=ext,
+        ext_source=ext_source,
+        remarks=(*remarks, *remark_on_trigger(trigger, matching), *remark_on_places(settings, matching)),
+    )
+
+
+def describe_recipe(recipe: Recipe) -> list[str]:
+    """Return the recipe as understood, and where each part comes from: a line each, the prompt last."""
+    words = f", held to {recipe.max_words} words" if recipe.max_words else ""
+    trigger = f"{recipe.trigger.put or 'none'} ({recipe.trigger.source})"
+    excluded = [f"Left unsaid: {printable(', '.join(recipe.exclude))} (exclude.txt)"] if recipe.exclude else []
+    return [
+        f"Style: {recipe.style}{words}",
+        f"Trigger: {printable(trigger)}",
+        f"Caption extension: {recipe.caption_ext} ({recipe.ext_source})",
+        *excluded,
+        f"Prompt ({recipe.prompt_source}):",
+        *(f"    {printable(line)}" for line in recipe.prompt.splitlines()),
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- Pixels
@@ -1134,8 +1833,11 @@ def strip_reasoning(text: str) -> str:
     return text[end:] if end or not opened else ""
 
 
-def clean_caption(content: str) -> str:
-    """Return an answer as one trimmed line: without reasoning, fences, openings, markdown and invisible characters."""
+def clean_caption(content: str, *, tags: bool = False) -> str:
+    """Return an answer as one trimmed line: without reasoning, fences, openings, markdown and invisible characters.
+
+    Lines are joined by a blank, those of `tags` by a comma.
+    """
     text = re.split(TURN_END, strip_reasoning(content), maxsplit=1)[0]
     text = re.sub(INVISIBLE, "", re.sub(SPECIAL_TOKENS, "", text))
     text = "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
@@ -1149,7 +1851,7 @@ def clean_caption(content: str) -> str:
         text = "".join(part if n % 2 else re.sub(EMPHASIS, r"\2", part) for n, part in enumerate(parts))
         if opening := re.match(OPENING, text):
             text = text[opening.end() :]
-    return " ".join(text.split())
+    return " ".join((text.replace("\n", ", ") if tags else text).split())
 
 
 # What answers instead of captioning, by language. Tried at the start only, since a caption may quote any of these,
@@ -1220,11 +1922,11 @@ def is_looping(text: str) -> bool:
     return bool(re.search(r"(\S{1,20}?)\1{29,}\W*$", text[-700:]))  # scripts without spaces
 
 
-def judge_reply(reply: Reply) -> str:
+def judge_reply(reply: Reply, *, tags: bool = False) -> str:
     """Return the caption that an answer holds, one clean line; raises FailImage when it is none."""
     if len(reply.content) > LONGEST_TEXT:
         raise FailImage("looping", f"an answer of {len(reply.content):,} characters; take another model")
-    text = clean_caption(reply.content)
+    text = clean_caption(reply.content, tags=tags)
     by_hand = "caption it by hand or with another model"
     if reply.refusal or re.search(FILTERED, reply.finish_reason) or re.match(REFUSAL, text[:1].lower() + text[1:]):
         said = shorten(reply.refusal or text or "filtered by the server", 120).rstrip(".")
@@ -1244,6 +1946,176 @@ def judge_reply(reply: Reply) -> str:
             raise FailImage("reasoning only", "set GETCAP_REASONING_EFFORT=none, or raise GETCAP_MAX_TOKENS")
         raise FailImage("empty", f"the answer holds no words; run again, or {by_hand}")
     return text
+
+
+# ------------------------------------------------------------------------------------- Trigger and style
+
+# a full stop, but not that of an initial or an abbreviation, and only where a new sentence can begin
+SENTENCE_END = (
+    r"(?<!\b[A-Z])(?<!\b(?:Mr|Ms|Dr|St|Mt|No|vs))(?<!\b(?:Mrs|etc))"
+    r"[.!?]+[\"”’')\]]*\s+(?=[\"“(]?[A-Z0-9À-Þ])|[。！？]+[」』”]*"
+)
+CLAUSE_END = r"[,;:]\s+|[，、；]"
+TAG_END = r"[,;，、]\s*"
+LONGEST_TAG = 6  # words
+DETERMINER = r"\b(an?|the|this|that|his|her|their|its|another|one|two|three)"
+# what follows a name, and not the first half of one: "the ohwx is", but "the ohwx man"
+AFTER_NAME = (
+    r"(?:is|are|was|were|has|have|had|in|on|at|with|by|of|to|from|for|and|or|who|that|which|as|near|under|over|behind"
+    r"|beside|\w+ing|(?:stand|sit|wear|hold|look|walk|ride|run|lean|pose|face|rest|play|smile|gaze|kneel|appear)s"
+    r"|lies)\b"
+)
+
+
+NEW_SUBJECT = r"(?i)(?:an?|the|two|three|four|five|many|several) "
+
+
+def split_text(text: str, end: str) -> list[str]:
+    """Return the pieces of a text, each with the end that a pattern finds; what is quoted is never split."""
+    masked = re.sub(QUOTED, lambda match: "x" * len(match[0]), text)
+    ends = [0, *(match.end() for match in re.finditer(end, masked)), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(ends) if a < b]
+
+
+def count_words(text: str) -> int:
+    """Return the number of words, as a person counts them."""
+    return len(text.split())
+
+
+def tidy_tags(text: str) -> str:
+    """Return tags as trainers read them: separated by ", ", each once, with spaces for underscores.
+
+    Tags of three characters keep theirs, as in sd-scripts: ^_^ is a face.
+    """
+    found: dict[str, str] = {}
+    for piece in re.split(TAG_END, text):
+        tag = " ".join(re.sub(r"\\([()])", r"\1", piece).strip(" .").split())
+        tag = tag if len(tag) <= 3 else tag.replace("_", " ")
+        if tag:
+            found.setdefault(tag.casefold(), tag)
+    return ", ".join(found.values())
+
+
+def find_mention(trigger: Trigger, *, word: bool) -> str:
+    """Return the pattern of the trigger in a text: its marks, and its word when that is asked for, quoted or not.
+
+    ai-toolkit reads [name] in a caption as the trigger too (toolkit/prompt_utils.py).
+    """
+    own = rf"|(?<!\w){re.escape(trigger.word)}(?!\w)" if word and trigger.word else ""
+    return rf"(?i:[\"“”‘`*]*(?:\[\s*(?:trigger|name)\s*\]{own})(?:[\"“”`*]|['’](?!s\b))*)"
+
+
+def keep_article(match: re.Match[str]) -> str:
+    """Return a determiner for the word that follows it now."""
+    article, following = match[1], match[2]
+    if article.lower() in {"a", "an"}:
+        article = article[0] + ("n" if following[0].lower() in "aeiou" else "")
+    return f"{article} {following}"
+
+
+def tidy_mentions(text: str, mention: str) -> str:
+    """Return a caption without mentions of the trigger; where the sentence needs one, it is "the subject" now."""
+    rules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+        (rf"\s*\(\s*{mention}\s*\)", ""),
+        (rf"(?i),? (?:named|called|known as|labell?ed(?: as)?|identified as) {mention}", ""),
+        (rf"(?i),? (?:(?:in|with) )?(?:the |an? )?style of {mention}", ""),
+        (rf"(?i),? in (?:the |an? )?{mention}(?:['’]s)? style\b", ""),
+        (rf",\s*{mention}\s*(?=[,.;:!?]|$)", ""),
+        (rf"(?i){DETERMINER} {mention}(?=\s+{AFTER_NAME}|\s*[,.;:!?]|['’]s\b|$)", r"\1 subject"),
+        (rf"(?i){DETERMINER} {mention} (\w+)", keep_article),
+        (r"(?i)\b(an?) (subject)\b", keep_article),
+        (rf"(?<=[.!?] ){mention}", "The subject"),
+        (mention, "the subject"),
+    )
+    for pattern, instead in rules:
+        text = re.sub(pattern, instead, text)
+    return " ".join(text.split())
+
+
+def strip_trigger(text: str, trigger: Trigger, *, told: bool) -> tuple[str, str]:
+    """Return a caption without its trigger, and what shall stand between the two.
+
+    `told` says that the prompt named the word: else the model cannot have meant it, and "a cat" is a cat.
+    """
+    # a comma of ours would be left behind where ai-toolkit deletes its mark
+    between = " " if trigger.put == TRAINERS_MARK else ", "
+    opening = rf"(?:(?i:an?|the) )?{find_mention(trigger, word=True)}(\s*[,:;.–—-]+[\"”’'*]*\s*|\s+|$)"
+    while match := re.match(opening, text):
+        text = text[match.end() :]
+        between = between if match[1].strip() or re.match(NEW_SUBJECT, text) else " "  # "ohwx stands", "ohwx a man"
+    return tidy_mentions(text, find_mention(trigger, word=told)), between
+
+
+def place_trigger(text: str, recipe: Recipe, *, told: bool) -> str:
+    """Return a caption that opens with the trigger exactly once; blank when there was nothing but the trigger."""
+    trigger = recipe.trigger
+    if recipe.style == "tags":
+        mention = find_mention(trigger, word=told)
+        bare = tidy_tags(re.sub(rf"\s*{mention}", "", text))
+        first = rf"{find_mention(trigger, word=True)}(?:, |$)"
+        between, bare = ", ", re.sub(rf"^{first}", "", bare)
+    else:
+        bare, between = strip_trigger(text, trigger, told=told)
+    if not bare or not trigger.put:
+        return bare if bare == text or recipe.style == "tags" else bare[:1].upper() + bare[1:]
+    if recipe.style != "tags" and re.match(NEW_SUBJECT, bare):
+        bare = bare[0].lower() + bare[1:]
+    return f"{trigger.put}{between}{bare}"
+
+
+def swap_trigger(text: str, before: str, recipe: Recipe) -> str:
+    """Return a caption of ours with another trigger in place of the one that it opens with."""
+    marked = TRAINERS_MARK + text.removeprefix(before) if before and text.startswith(before) else text
+    return place_trigger(marked, recipe, told=False)
+
+
+def find_hiding(word: str, text: str) -> str:
+    """Return the longer word of a text that contains the trigger, which trainers look for as a plain substring."""
+    inside = re.search(rf"\w+{re.escape(word)}\w*|{re.escape(word)}\w+", text) if word else None
+    return inside[0] if inside else ""
+
+
+def find_excluded(text: str, exclude: Sequence[str]) -> list[str]:
+    """Return which excluded words a text mentions, as whole words in any letter case."""
+    patterns = {term: re.escape(term).replace(r"\ ", r"\s+") for term in exclude}
+    return [term for term, pattern in patterns.items() if re.search(rf"(?i)(?<!\w){pattern}(?!\w)", text)]
+
+
+def find_faults(text: str, recipe: Recipe) -> list[tuple[str, str]]:
+    """Return how a caption breaks the recipe's rules: each fault's kind, and what is wrong, in words for the model."""
+    faults = []
+    words, sentences = count_words(text), len(split_text(text, SENTENCE_END))
+    if recipe.max_words and words > recipe.max_words:
+        faults.append(("too long", f"it has {words} words where at most {recipe.max_words} are wanted"))
+    if recipe.style == "short" and sentences > 1:
+        faults.append(("too long", f"it has {sentences} sentences where one is wanted"))
+    if recipe.style == "tags":
+        tags = text.split(", ")
+        if len(tags) == 1 or sum(count_words(tag) > LONGEST_TAG for tag in tags) * 4 > len(tags):
+            faults.append(("no tags", "it is no list of short tags separated by commas"))
+    if leaked := find_excluded(text, recipe.exclude):
+        faults.append(("excluded words", "it mentions what must stay unsaid: " + ", ".join(leaked)))
+    return faults
+
+
+def cut_caption(text: str, recipe: Recipe) -> str:
+    """Return a caption cut to the recipe's length after a sentence, a tag, or where there is neither, a clause.
+
+    A first clause that is too long by itself stays: half of it would be no caption.
+    """
+    limit = recipe.max_words or math.inf
+
+    def keep(pieces: list[str]) -> str:
+        lengths = itertools.accumulate(map(count_words, pieces))
+        return "".join(piece for piece, length in zip(pieces, lengths, strict=True) if length <= limit).strip()
+
+    if recipe.style == "tags":
+        return keep(split_text(text, TAG_END)).rstrip(",") or text
+    sentences = split_text(text, SENTENCE_END)[: 1 if recipe.style == "short" else None]
+    if kept := keep(sentences):
+        return kept
+    clauses = keep(split_text(sentences[0], CLAUSE_END)).rstrip(",;: ")
+    return f"{clauses}." if clauses else sentences[0].strip()
 
 
 # ------------------------------------------------------------------------------------------------ Throttle
@@ -1333,6 +2205,17 @@ def describe_broken_connection(error: BaseException, host: str) -> ErrorReply:
     return ErrorReply(0, f"the connection to {host} broke: {shorten(words, 120)}")
 
 
+@dataclass(slots=True)
+class Question:
+    """One image on its way to a caption, and what it has cost so far."""
+
+    path: str  # for messages
+    prompt: str
+    image: bytes  # a JPEG in base64
+    usage: Usage = Usage()
+    attempts: int = 0
+
+
 class Asker:
     """Asks for captions, for all workers: retries, and what one answer taught about the server counts for all."""
 
@@ -1344,7 +2227,7 @@ class Asker:
         self.usage = Usage()
         self._client = client
         self._settings = settings
-        self._prompt = recipe.prompt
+        self._tags = recipe.style == "tags"
         self._stop = stop
         self._throttle = Throttle(settings.throttle_submission_rate, stop)
         self._parameters = first_parameters(settings)
@@ -1359,36 +2242,38 @@ class Asker:
             reraise=True,
         ).wraps(self._attempt)
 
-    async def ask(self, path: str, image: bytes) -> str:
-        """Return the caption of a base64 JPEG; raises FailImage or StopRun. `path` is for messages.
+    async def ask(self, question: Question) -> str:
+        """Return the answer, which passed the gate; raises FailImage or StopRun.
 
         Until the server has answered once, one image at a time is asked: what is wrong for all costs one request.
         """
         if not self._proven:
             async with self._first:
                 if not self._proven:
-                    return await self._ask(path, image)
-        return await self._ask(path, image)
+                    return await self._ask(question)
+        return await self._ask(question)
 
-    async def _ask(self, path: str, image: bytes) -> str:
+    async def _ask(self, question: Question) -> str:
         for budget in (1, 2):
             with contextlib.suppress(CutOff):
-                return await self._attempt_often(path, image, budget)
+                return await self._attempt_often(question, budget)
         tokens = self._settings.max_tokens
         raise FailImage("cut off", f"also with {2 * tokens} tokens; set GETCAP_MAX_TOKENS={4 * tokens} or ask for less")
 
-    async def _attempt(self, path: str, image: bytes, budget: int) -> str:
+    async def _attempt(self, question: Question, budget: int) -> str:
         """Ask once; once more for each parameter that the server rejects, of which there are only so many."""
         while True:
             sent = self._parameters
             await self._throttle.turn()
-            log.debug("%s: asking, %d KB", printable(path), len(image) // 1000)
-            body = build_request(self._settings.model, self._prompt, sent, budget, image)
+            log.debug("%s: asking, %d KB", printable(question.path), len(question.image) // 1000)
+            question.attempts += 1
+            body = build_request(self._settings.model, question.prompt, sent, budget, question.image)
             answer = self._without_key(await self._post(body))
             if isinstance(answer, Reply):
                 self._proven = True
                 self.usage += answer.usage
-                return judge_reply(answer)
+                question.usage += answer.usage
+                return judge_reply(answer, tags=self._tags)
             changed = adapt_parameters(sent, answer)
             if changed is None:
                 raise judge_error(answer, datetime.now(UTC), first=not self._proven)
@@ -1440,123 +2325,13 @@ class Asker:
     def _log_wait(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         wait_s, retries = state.upcoming_sleep, self._settings.throttle_retries
-        path = printable(state.args[0])
+        path = printable(state.args[0].path)
         log.warning("%s: %s; retry %d of %d in %.1f s", path, error, state.attempt_number, retries, wait_s)
 
     def _log_change(self, sent: Parameters, changed: Parameters, message: str) -> None:
         before = ", ".join(f"{name}={value}" for name, value in sent.items() if changed.get(name) != value)
         after = ", ".join(f"{name}={value}" for name, value in changed.items() if sent.get(name) != value)
         log.warning("the server rejects %s; sending %s from now on: %s", before, after or "without it", message)
-
-
-# --------------------------------------------------------------------------------------------------- Files
-
-LARGEST_FILE = 256 * 1024 * 1024
-TEMPORARY = ".gc-"  # trainers pass over names that begin with a dot
-ONE_FILE = {errno.ENAMETOOLONG, errno.EPERM, errno.EISDIR}  # what is wrong with one caption's place, not with all
-
-
-def open_regular(path: str, flags: int) -> int:
-    """Open a file for reading; a pipe or device, which would wait for ever, is a FailImage, so is a giant."""
-    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    status = os.fstat(handle)
-    if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_FILE:
-        return handle
-    os.close(handle)
-    if stat.S_ISREG(status.st_mode):
-        raise FailImage("file too large", f"{status.st_size >> 20} MiB, at most {LARGEST_FILE >> 20}: shrink it first")
-    raise FailImage("not a file", "a pipe or a device: take it out")
-
-
-async def read_image(path: str) -> bytes:
-    """Return an image file's bytes; raises FailImage."""
-    import aiofiles
-
-    try:
-        async with aiofiles.open(path, "rb", opener=open_regular) as file:
-            return await file.read()
-    except OSError as error:
-        raise FailImage("unreadable file", str(error.strerror)) from error
-
-
-def is_abandoned(name: str, modified: float, now: float) -> bool:
-    """Return whether a temporary file was left by a run that died: each lives for milliseconds."""
-    owner = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-\w+", name)
-    if owner is None:
-        return False
-    if now - modified > 60:
-        return True
-    if os.name == "nt":  # there os.kill ends the process it asks about
-        return False
-    try:
-        os.kill(int(owner[1]), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    # a container's processes have the same number each time
-    return int(owner[1]) == os.getpid() and now - modified > 2
-
-
-def prepare_folder(folder: str) -> str:
-    """Make a caption folder ready: it exists, can be written to, and holds no temporary file of a dead run.
-
-    Returns what is in the way, blank when nothing is: known before anything is paid for that could not be kept.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        names = os.listdir(folder)
-    except OSError as error:
-        return error.strerror or str(error)
-    for name in names:
-        path = os.path.join(folder, name)
-        with contextlib.suppress(OSError):  # another run may be quicker to clean up
-            if name.startswith(TEMPORARY) and is_abandoned(name, os.lstat(path).st_mtime, time.time()):
-                os.unlink(path)
-    return "" if os.access(folder, os.W_OK | os.X_OK) else "may not be written to"
-
-
-def has_caption(path: str) -> bool:
-    """Return whether a caption stands there, blank ones and none at all aside; one that cannot be read counts."""
-    try:
-        return has_text(path)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-
-
-def put_in_place(temporary: str, path: str) -> bool:
-    """Give a whole file its name; False when a caption has come to stand there. Raises OSError."""
-    try:
-        os.link(temporary, path)  # unlike a rename it never replaces anything
-    except OSError as error:  # a blank caption stands there, or the file system has no hard links
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT}:
-            raise
-    else:
-        return True
-    if has_caption(path):
-        return False
-    os.replace(temporary, path)
-    return True
-
-
-def write_caption(path: str, text: str) -> bool:
-    """Write a caption whole or not at all: one line, UTF-8, ending in a newline. False when one stands there by now.
-
-    Raises OSError. The name is taken only when the bytes are on the disk; permissions are what the umask gives,
-    so that a trainer of another user can read it.
-    """
-    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        return put_in_place(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
 
 
 # ---------------------------------------------------------------------------------------------------- Pool
@@ -1595,6 +2370,7 @@ class Report:
         self.written = 0
         self.skipped: Counter[str] = Counter()
         self.failed: list[Failed] = []
+        self.noted: Counter[str] = Counter()
         self.recorded = 0
         self.left = 0  # images that --limit or an early end leaves for the next run
         self.usage = Usage()
@@ -1612,6 +2388,9 @@ class Report:
         if isinstance(outcome, Written):
             self.written += 1
             self._in_a_row.clear()
+            for kind, detail in outcome.notes:
+                self.noted[kind] += 1
+                log.warning("%s: %s: %s", printable(outcome.job.image), kind, detail)
         else:
             self.failed.append(outcome)
             log.error("%s: %s: %s", printable(outcome.path), outcome.reason, outcome.detail)
@@ -1636,8 +2415,10 @@ class Report:
         """Return the counts as one line."""
         reasons = Counter(failure.reason for failure in self.failed)
         parts = [f"Captioned {self.written:,}"]
-        for word, counts in (("skipped", self.skipped), ("failed", reasons)):
+        for word, counts in (("skipped", self.skipped), ("failed", reasons), ("to look at", self.noted)):
             listed = ", ".join(f"{reason} {n:,}" for reason, n in counts.most_common())
+            if word == "to look at" and not listed:
+                continue
             parts.append(f"{word} {counts.total():,}" + (f" ({listed})" if listed else ""))
         if self.left:
             parts.append(f"left for the next run {self.left:,}")
@@ -1649,6 +2430,10 @@ class Report:
         """Return the summary: a line for each failure, by reason, and the tally."""
         failures = sorted(self.failed, key=lambda failure: (failure.reason, failure.path))
         lines = [f"{printable(failure.path)}: {failure.reason}" for failure in failures]
+        if self.skipped["edited by hand"] + self.skipped["made elsewhere"]:
+            lines.append(
+                "Captions edited by hand or made elsewhere stay; delete a caption's file to have it made anew."
+            )
         if self.ended_by is not None:
             lines.append("Ended early; the same command goes on where it was.")
         return "\n".join([*lines, self.tally(now - self._started)])
@@ -1657,6 +2442,7 @@ class Report:
         """Write the last line of the report file."""
         summary: dict[str, Any] = {"outcome": "summary", "captioned": self.written, "skipped": dict(self.skipped)}
         summary |= {"failed": Counter(failure.reason for failure in self.failed), "left": self.left}
+        summary |= {"noted": dict(self.noted)}
         summary |= {"prompt_tokens": self.usage.prompt, "answer_tokens": self.usage.answer}
         stopped = getattr(self.ended_by, "name", None) or (str(self.ended_by) if self.ended_by else None)
         summary |= {"seconds": round(now - self._started, 3), "stopped": stopped, "exit_code": self.exit_code}
@@ -1666,7 +2452,9 @@ class Report:
         if self._stream is None:
             return
         if isinstance(item, Written):
-            item = {"outcome": "captioned", "image": item.job.image, "file": item.job.caption, "caption": item.text}
+            notes = {"notes": [": ".join(note) for note in item.notes]} if item.notes else {}
+            path = {"outcome": "captioned", "image": item.job.image, "file": item.job.caption}
+            item = {**path, "caption": item.text, **notes}
         elif isinstance(item, Failed):
             item = {"outcome": "failed", "image": item.path, "reason": item.reason, "detail": item.detail}
         try:
@@ -1727,16 +2515,75 @@ def set_up_logging(settings: Settings) -> None:
     log.setLevel("DEBUG" if settings.verbose else "WARNING" if settings.quiet else settings.log_level)
 
 
+def read_words(path: str) -> str:
+    """Return what a caption file says, one line without blanks around it; blank when it says nothing or is no UTF-8."""
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            return " ".join(file.read().decode("utf-8-sig").split())
+    except (OSError, UnicodeDecodeError, FailImage):
+        return ""
+
+
+class Twins:
+    """Which images hold the same bytes, so that they are asked once, and which captions are the same, which is odd."""
+
+    def __init__(self, journal: Journal, recipe: Recipe, prompt: str) -> None:
+        self._asking: dict[str, asyncio.Event] = {}
+        self._known: dict[str, tuple[str, str] | FailImage] = {}  # the caption's path and SHA-256, or the refusal
+        self._texts: dict[str, str] = {}  # the first image with a caption, by its SHA-256
+        for name, past in journal.history.items():
+            last = past[-1]
+            if (last.outcome, last.recipe, last.trigger) == ("captioned", recipe.identity, recipe.trigger.put):
+                self._known[fingerprint(last.image_sha256, prompt)] = journal.path(name), last.caption_sha256
+                self._texts[last.caption_sha256] = name
+
+    async def find(self, key: str) -> str:
+        """Return the caption of an image with the same bytes and prompt, blank when the caller is the one to ask.
+
+        Raises the FailImage of a twin that was refused. Who is to ask says so with `found` or `gone` afterwards.
+        """
+        while flight := self._asking.get(key):
+            await flight.wait()
+        known = self._known.get(key)
+        if isinstance(known, FailImage):
+            raise known
+        with contextlib.suppress(OSError):  # deleted since
+            if known and hash_file(known[0]) == known[1]:
+                return read_words(known[0])
+        import asyncio
+
+        self._asking[key] = asyncio.Event()
+        return ""
+
+    def remember(self, key: str, known: tuple[str, str] | FailImage | None) -> None:
+        """Let those who wait for this answer go on."""
+        if known is not None:
+            self._known[key] = known
+        if flight := self._asking.pop(key, None):
+            flight.set()
+
+    def first_with(self, caption_sha256: str, image: str) -> str:
+        """Return the other image that was given this caption before, blank when there is none."""
+        first = self._texts.setdefault(caption_sha256, image)
+        return "" if first == image else first
+
+
 class Captioner:
     """Takes one job from image file to caption file."""
 
-    def __init__(self, settings: Settings, asker: Asker, report: Report, update: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, recipe: Recipe, asker: Asker, journal: Journal, report: Report, stop: Stop
+    ) -> None:
         import asyncio
 
         self._settings = settings
+        self._recipe = recipe
         self._asker = asker
+        self._journal = journal
         self._report = report
-        self._update = update
+        self._stop = stop
+        self._twins = Twins(journal, recipe, fill_prompt(recipe, "", ""))
+        self._warned = False
         # no more images are decoded at once than there are processors: memory would grow, speed would not
         load_pillow()
         self._decoders = asyncio.Semaphore(os.cpu_count() or 1)
@@ -1757,7 +2604,6 @@ class Captioner:
         finally:
             self._report.usage = self._asker.usage
         self._report.record(outcome)
-        self._update()
         if reason := self._report.same_failure:
             raise StopRun(
                 f"{MOST_FAILURES_IN_A_ROW} images in a row ended in {reason}; look at the server, then run again"
@@ -1766,15 +2612,95 @@ class Captioner:
     async def _caption(self, job: Job) -> Outcome:
         import asyncio
 
-        if has_caption(job.caption):
-            return Skipped(job.image, "has a caption by now")
+        recipe = self._recipe
+        if job.replaces is None and has_caption(job.caption):
+            return Skipped(job.image, "has a caption by now", job.caption)
+        before = read_words(job.caption)
+        if job.replaces and job.trigger_only:
+            entry = dataclasses.replace(job.replaces, trigger=recipe.trigger.put)
+            return await self._keep(job, entry, swap_trigger(before, job.replaces.trigger, recipe))
         async with self._decoders:
-            data = await read_image(job.image)
-            image = await asyncio.to_thread(self._encode, data)
+            data, changed_ns = await read_image(job.image)
+            sha256, image = await asyncio.to_thread(self._encode, data)
+            seen = (sha256, len(data), changed_ns)
             del data
-        text = await self._asker.ask(job.image, image)
+        entry = Entry("captioned", recipe.question, recipe.identity, recipe.trigger.put, *seen)
+        hint = before or read_words(os.path.splitext(job.image)[0] + ".txt")  # tags, where the captions are .caption
+        return await self._ask_once(job, entry, Question(job.image, fill_prompt(recipe, job.image, hint), image))
+
+    async def _ask_once(self, job: Job, entry: Entry, question: Question) -> Outcome:
+        """Ask, or share the answer of an image with the same bytes; what was refused goes into the journal."""
+        key = fingerprint(entry.image_sha256, question.prompt)
+        known: tuple[str, str] | FailImage | None = None
+        if shared := await self._twins.find(key):
+            return await self._keep(job, entry, shared)
         try:
-            written = await asyncio.to_thread(write_caption, job.caption, text)
+            text, notes = await self._ask_by_the_rules(question)
+            outcome = await self._keep(job, entry, text, notes, question)
+            known = (job.caption, hash_text(text)) if isinstance(outcome, Written) else None
+        except FailImage as error:
+            if error.reason == "refused":
+                known = error
+                refused = dataclasses.replace(entry, outcome="refused")
+                with contextlib.suppress(OSError):  # then it is asked again next time
+                    await self._write(job, refused, question, None)
+            raise
+        finally:
+            self._twins.remember(key, known)
+        return outcome
+
+    async def _ask_by_the_rules(self, question: Question) -> tuple[str, list[tuple[str, str]]]:
+        """Return a caption that opens with the trigger, and what is to be noted about it; asks twice at the most."""
+        recipe, trigger = self._recipe, self._recipe.trigger
+        told = bool(trigger.word) and trigger.word.casefold() in question.prompt.casefold()
+        text = await self._ask(question)
+        if faults := find_faults(text, recipe):
+            wrong = "; ".join(detail for _, detail in faults)
+            log.debug("%s: %s; asking once more", printable(question.path), wrong)
+            question.prompt += f"\nAn earlier answer was not accepted: {wrong}."
+            try:
+                second = await self._ask(question)
+            except FailImage as error:
+                log.debug("%s: %s; the first answer is kept", printable(question.path), error)
+            except StopRun as cause:  # the first answer is paid for, and serves
+                self._stop.set(cause)
+            else:
+                text = second if len(find_faults(second, recipe)) <= len(faults) else text
+        notes = [fault for fault in find_faults(text, recipe) if fault[0] != "too long"]
+        cut = cut_caption(text, recipe) if (recipe.max_words or recipe.style == "short") else text
+        if cut != text:
+            notes.append(("cut", f"from {count_words(text)} words to {count_words(cut)}"))
+        notes += [("too long", fault[1]) for fault in find_faults(cut, recipe) if fault[0] == "too long"]
+        self._warn_of_hiding(cut)
+        placed = place_trigger(cut, recipe, told=told)
+        if not placed:
+            raise FailImage("empty", "the answer holds nothing but the trigger; change the prompt")
+        return placed, notes
+
+    async def _ask(self, question: Question) -> str:
+        text = await self._asker.ask(question)
+        return tidy_tags(text) if self._recipe.style == "tags" else text
+
+    def _warn_of_hiding(self, text: str) -> None:
+        word = self._recipe.trigger.word
+        if not self._warned and (inside := find_hiding(word, text)):
+            self._warned = True
+            log.warning(
+                'the trigger %s hides in "%s", where trainers find it too; take a word that is none', word, inside
+            )
+
+    async def _keep(
+        self,
+        job: Job,
+        entry: Entry,
+        text: str,
+        notes: Sequence[tuple[str, str]] = (),
+        question: Question | None = None,
+    ) -> Outcome:
+        """Write the journal's entry, then the caption; raises FailImage or StopRun when that is not possible."""
+        entry = dataclasses.replace(entry, caption_sha256=hash_text(text))
+        try:
+            written = await self._write(job, entry, question, text)
         except OSError as error:
             problem = f"{error.strerror}; the answer was: {text}"
             if error.errno in ONE_FILE:
@@ -1783,10 +2709,30 @@ class Captioner:
             folder = printable(os.path.dirname(job.caption))
             raise StopRun(f"{folder}: captions cannot be written: {error.strerror}; run again after that") from error
         log.debug("%s: %s", printable(job.image), text)
-        return Written(job, text) if written else Skipped(job.image, "has a caption by now")
+        if not written:
+            return Skipped(job.image, "edited by now" if job.replaces else "has a caption by now", job.caption)
+        if question and (other := self._twins.first_with(entry.caption_sha256, job.image)):
+            notes = [*notes, ("same answer", f"word for word that of {printable(other)}")]
+        return Written(job, text, tuple(notes))
 
-    def _encode(self, data: bytes) -> bytes:
-        return base64.b64encode(prepare_image(data, self._settings.max_side))
+    async def _write(self, job: Job, entry: Entry, question: Question | None, text: str | None) -> bool:
+        """Write the journal's entry, then the caption if there is one. Raises OSError."""
+        import asyncio
+
+        usage, attempts = (question.usage, question.attempts) if question else (Usage(), 0)
+        more: dict[str, Any] = {"image": job.image, "model": self._settings.model, "attempts": attempts}
+        more |= {"prompt_tokens": usage.prompt, "answer_tokens": usage.answer}
+
+        def write() -> bool:
+            self._journal.append(job.caption, entry, **more)
+            replaces = job.replaces.caption_sha256 if job.replaces else ""
+            return text is None or write_caption(job.caption, encode_caption(text), replaces)
+
+        return await asyncio.to_thread(write)
+
+    def _encode(self, data: bytes) -> tuple[str, bytes]:
+        sha256 = hashlib.sha256(data).hexdigest()
+        return sha256, base64.b64encode(prepare_image(data, self._settings.max_side))
 
 
 @contextlib.contextmanager
@@ -1815,7 +2761,9 @@ def end_on_signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def caption_images(settings: Settings, recipe: Recipe, jobs: Sequence[Job], report: Report) -> None:
+async def caption_images(
+    settings: Settings, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
+) -> None:
     """Caption the images of a plan; the report has the outcomes, and why the run ended early if it did."""
     stop = Stop()
     before = report.recorded
@@ -1823,8 +2771,15 @@ async def caption_images(settings: Settings, recipe: Recipe, jobs: Sequence[Job]
         try:
             async with open_client(settings) as client:
                 asker = Asker(client, settings, recipe, stop)
-                captioner = Captioner(settings, asker, report, update)
-                await run_pool(iter(jobs), captioner.handle, settings.thread_pool, stop)
+                captioner = Captioner(settings, recipe, asker, journal, report, stop)
+
+                async def handle(job: Job) -> None:
+                    try:
+                        await captioner.handle(job)
+                    finally:
+                        update()
+
+                await run_pool(iter(jobs), handle, settings.thread_pool, stop)
         except (OSError, ValueError, ImportError) as error:  # the connection's own settings
             detail = f"{type(error).__name__}: {shorten(str(error), 120)}"
             stop.set(StopRun(f"no connection can be set up: {detail}; check HTTPS_PROXY and SSL_CERT_FILE"))
@@ -1833,13 +2788,19 @@ async def caption_images(settings: Settings, recipe: Recipe, jobs: Sequence[Job]
             report.left += len(jobs) - (report.recorded - before)
 
 
-def plan_run(settings: Settings, image_dir: Path, report: Report) -> list[Job]:
-    """Return the jobs of a run, at most --limit; what is skipped or cannot be captioned goes into the report."""
+def plan_run(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal) -> Iterator[Job | Skipped | Failed]:
+    """Yield what is to be done with each image, by the settings, the recipe and the journal."""
+    judge = functools.partial(judge_image, journal=journal, recipe=recipe, overwrite=settings.overwrite)
+    return plan_folder(image_dir, settings.caption_dir, recipe.caption_ext, judge)
+
+
+def collect_jobs(plan: Iterable[Job | Skipped | Failed], limit: int | None, report: Report) -> list[Job]:
+    """Return the jobs of a plan, at most `limit`; what is skipped or cannot be captioned goes into the report."""
     jobs: list[Job] = []
-    for item in plan_folder(image_dir, settings.caption_dir, settings.caption_ext):
+    for item in plan:
         if not isinstance(item, Job):
             report.record(item)
-        elif settings.limit is None or len(jobs) < settings.limit:
+        elif limit is None or len(jobs) < limit:
             jobs.append(item)
         else:
             report.left += 1
@@ -1847,14 +2808,14 @@ def plan_run(settings: Settings, image_dir: Path, report: Report) -> list[Job]:
 
 
 def prepare_folders(jobs: list[Job], report: Report) -> list[Job]:
-    """Make all caption folders ready and return the jobs whose captions can be kept; the report has the others."""
+    """Make all caption folders ready and return the jobs whose captions can be kept; the report has the others.
+
+    Raises StopRun when there is no such job.
+    """
     folders = sorted({os.path.dirname(job.caption) for job in jobs})
     problems = {folder: problem for folder in folders if (problem := prepare_folder(folder))}
     if len(problems) == len(folders):
-        report.left += len(jobs)
-        report.ended_by = StopRun(f"{printable(folders[0])}: captions cannot be kept there: {problems[folders[0]]}")
-        log.error("%s", report.ended_by)
-        return []
+        raise StopRun(f"{printable(folders[0])}: captions cannot be kept there: {problems[folders[0]]}")
     for job in jobs:
         folder = os.path.dirname(job.caption)
         if folder in problems:
@@ -1862,32 +2823,63 @@ def prepare_folders(jobs: list[Job], report: Report) -> list[Job]:
     return [job for job in jobs if os.path.dirname(job.caption) not in problems]
 
 
+def prepare_run(jobs: list[Job], root: Path, journal: Journal, report: Report) -> list[Job]:
+    """Return the jobs whose captions can be kept, the journal opened and the captions to be replaced kept first.
+
+    Raises StopRun.
+    """
+    ready = prepare_folders(jobs, report)
+    try:
+        journal.open()
+        replaced = [job.caption for job in ready if job.replaces]
+        if replaced:
+            kept = keep_originals(str(root), replaced, KEPT)
+            log.info("%d captions to renew are kept in %s; --undo puts them back", len(replaced), printable(kept))
+    except OSError as error:
+        raise StopRun(f"{printable(journal.folder)}: cannot be written: {error.strerror}") from error
+    return ready
+
+
 def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
-    """Caption what has no caption yet."""
-    log_recipe(settings, recipe)
-    jobs = plan_run(settings, image_dir, report)
+    """Caption what has no caption yet, or with --overwrite what is out of date."""
+    log.info("prompt: %s; trigger: %s", recipe.prompt_source, printable(recipe.trigger.put) or "none")
+    log_remarks(settings, recipe)
+    root = settings.caption_dir or image_dir
+    journal = Journal(root)
+    jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), settings.limit, report)
     if not jobs:
         log.info("nothing to caption below %s", printable(str(image_dir)))
         return
-    jobs = prepare_folders(jobs, report)
-    if not jobs:
-        return
-    pool = settings.thread_pool
-    log.info("to caption: %d, with %s at %s, workers: %d", len(jobs), settings.model, settings.host, pool)
-    import asyncio
+    try:
+        ready = prepare_run(jobs, root, journal, report)
+        pool = settings.thread_pool
+        log.info("to caption: %d, with %s at %s, workers: %d", len(ready), settings.model, settings.host, pool)
+        import asyncio
 
-    with contextlib.suppress(asyncio.CancelledError):  # the second Ctrl-C
-        asyncio.run(caption_images(settings, recipe, jobs, report))
+        with contextlib.suppress(asyncio.CancelledError):  # the second Ctrl-C
+            asyncio.run(caption_images(settings, recipe, ready, journal, report))
+    except StopRun as cause:  # before anything was asked
+        report.left += len(jobs)
+        report.ended_by = cause
+        log.error("%s", cause)  # noqa: TRY400
+    finally:
+        journal.close()
 
 
-def log_recipe(settings: Settings, recipe: Recipe) -> None:
+def log_remarks(settings: Settings, recipe: Recipe) -> None:
     """Say once what is worth knowing about the settings before anything is sent."""
     if settings.config_dir and not settings.config_dir.exists():
         log.info("%s: does not exist; nothing is read from it", printable(str(settings.config_dir)))
-    log.info("prompt: %s", recipe.source)
-    log.debug("prompt: %s", shorten(recipe.prompt, 10_000))
+    for remark in recipe.remarks:
+        log.warning("%s", remark)
     if settings.base_url.startswith("http://") and not is_this_machine(settings.base_url):
         log.warning("OPENAI_BASE_URL is plain http: the key and the images can be read on the way to %s", settings.host)
+
+
+def describe_job(job: Job) -> str:
+    """Return what a run would do for an image."""
+    how = "renew its trigger" if job.trigger_only else "renew its caption" if job.replaces else "to caption"
+    return f"{how} -> {printable(job.caption)}"
 
 
 def show_plan(settings: Settings) -> int:
@@ -1895,13 +2887,16 @@ def show_plan(settings: Settings) -> int:
     if settings.report:
         raise SettingsError("--report: tells what a run did; --dry-run prints what it would do, and writes nothing")
     image_dir = check_folders(settings)
-    log_recipe(settings, read_recipe(settings))
+    recipe = read_recipe(settings, os.environ)
+    log_remarks(settings, recipe)
+    print("\n".join(describe_recipe(recipe)))
     counts = dict.fromkeys(("to caption", "skipped", "left by --limit", "cannot be captioned"), 0)
-    for item in plan_folder(image_dir, settings.caption_dir, settings.caption_ext):
+    for item in plan_run(settings, image_dir, recipe, Journal(settings.caption_dir or image_dir)):
         match item:
             case Job(path, caption):
-                kind = "to caption" if counts["to caption"] < (settings.limit or math.inf) else "left by --limit"
-                said = f"{kind} -> {printable(caption)}"
+                left = counts["to caption"] >= (settings.limit or math.inf)
+                kind = "left by --limit" if left else "to caption"
+                said = f"{kind} -> {printable(caption)}" if left else describe_job(item)
             case Skipped(path, reason):
                 kind, said = "skipped", f"skipped: {reason}"
             case Failed(path, reason, detail):
@@ -1910,6 +2905,121 @@ def show_plan(settings: Settings) -> int:
         print(f"{printable(path)}: {said}")
     print(", ".join(f"{kind} {number:,}" for kind, number in counts.items()).capitalize())
     return int(counts["cannot be captioned"] > 0)
+
+
+def check_metadata(target: str) -> None:
+    """Raise the SettingsError for a --metadata file that cannot be written, or holds what this tool has not written."""
+    shown = f"--metadata: {printable(target)}"
+    folder = os.path.dirname(os.path.abspath(target))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK) or os.path.isdir(target):
+        raise SettingsError(f"{shown}: cannot be written there; name a file in a folder that exists")
+    if not has_caption(target):
+        return
+    try:
+        with open(target, "rb", opener=open_regular) as file:
+            if target.lower().endswith(".jsonl"):
+                ours = all(set(json.loads(line)) == {"file_name", "text"} for line in file)
+            else:
+                ours = all(set(item) == {"caption"} for item in json.load(file).values())
+    except (OSError, ValueError, TypeError, AttributeError, FailImage):
+        ours = False
+    if not ours:
+        raise SettingsError(f"{shown}: is there already, and this tool did not write it; name another file")
+
+
+def write_metadata(target: str, pairs: Iterable[Skipped], report: Report) -> None:
+    """Write all captions that there are into one file, whole or not at all.
+
+    `.jsonl`: https://huggingface.co/docs/datasets/image_dataset, paths relative to the file; `.json`: ai-toolkit's
+    dataset_path, which it opens in the system's encoding, so that all is ASCII.
+    """
+    lines = target.lower().endswith(".jsonl")
+    folder = os.path.dirname(os.path.abspath(target))
+
+    def fill(file: IO[bytes]) -> None:
+        start = b"" if lines else b"{\n"
+        for item in pairs:
+            text = read_words(item.caption)
+            if not text:
+                detail = f"{printable(item.caption)} is no UTF-8; it is left out of {printable(target)}"
+                report.record(Failed(item.path, "unreadable caption", detail))
+            elif lines:
+                name = os.path.relpath(item.path, folder).replace(os.sep, "/")
+                file.write(json.dumps({"file_name": name, "text": text}).encode() + b"\n")
+            else:
+                pair = json.dumps({os.path.abspath(item.path): {"caption": text}})[1:-1]
+                file.write(start + pair.encode())
+                start = b",\n"
+        file.write(b"" if lines else b"{}\n" if start == b"{\n" else b"\n}\n")
+
+    try:
+        write_whole(os.path.realpath(target), fill)
+    except OSError as error:
+        report.record(Failed("--metadata", "not written", f"{printable(target)}: {error.strerror}"))
+    else:
+        log.info("all captions are in %s too", printable(target))
+
+
+def plan_undo(journal: Journal, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any, str]]:
+    """Yield each file of a zip of originals: its path, its place in the zip, and what becomes of it."""
+    for number, (name, changed_ns, mode) in enumerate(json.loads(archive.read(INDEX))):
+        path = journal.path(name)
+        now = hash_file(path) if os.path.exists(path) else ""
+        original = hashlib.sha256(archive.read(archive.infolist()[number])).hexdigest()
+        if now == original:
+            state = "is as it was"
+        elif now and all(entry.caption_sha256 != now for entry in journal.past(path)):
+            state = "edited since, left alone"
+        else:
+            state = "put back"
+        yield path, (number, changed_ns, mode), state
+
+
+def put_back(archive: zipfile.ZipFile, path: str, place: tuple[int, int, int]) -> None:
+    """Put one original back with its times and permissions. Raises OSError."""
+    number, changed_ns, mode = place
+    data = archive.read(archive.infolist()[number])
+
+    def give_name(temporary: str, path: str) -> None:
+        os.chmod(temporary, mode)
+        os.utime(temporary, ns=(changed_ns, changed_ns))
+        os.replace(temporary, path)
+
+    write_whole(os.path.realpath(path), lambda file: file.write(data), give_name)
+
+
+def run_undo(settings: Settings) -> int:
+    """Put back what the last run with --overwrite replaced, unless it was edited since; return the exit code."""
+    import zipfile
+
+    root = settings.caption_dir or settings.image_dir
+    if root is None:
+        raise SettingsError("--undo: name the folder with --caption-dir, or with --image-dir where that holds both")
+    kept = newest_originals(str(root))
+    if not kept:
+        print(f"{printable(str(root))}: there is nothing to put back")
+        return 0
+    journal = Journal(root)
+    try:
+        with zipfile.ZipFile(kept) as archive:
+            plan = list(plan_undo(journal, archive))
+            for path, _, state in plan:
+                print(f"{printable(path)}: {state}")
+            todo = [(path, place) for path, place, state in plan if state == "put back"]
+            if not settings.dry_run:
+                journal.open()
+                keep_originals(str(root), [path for path, _ in todo if os.path.exists(path)], UNDONE)
+                for path, place in todo:
+                    put_back(archive, path, place)
+        if not settings.dry_run:
+            os.rename(kept, kept.replace(f"{KEPT}-", f"{RESTORED}-"))
+    except (OSError, zipfile.BadZipFile, ValueError, StopRun) as error:
+        log.error("%s: not all was put back: %s", printable(kept), error)  # noqa: TRY400
+        return 1
+    finally:
+        journal.close()
+    print(f"Put back {len(todo):,} of {len(plan):,}; {printable(kept)}")
+    return 0
 
 
 def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str] | None]:
@@ -1932,17 +3042,24 @@ def run(settings: Settings) -> int:
     """Carry out what the settings ask for and return the exit code."""
     if settings.fix_encoding:
         raise SettingsError("--fix-encoding: not yet; it comes with a later version")
+    if settings.undo:
+        return run_undo(settings)
     if settings.dry_run:
         return show_plan(settings)
     image_dir = check_folders(settings)
     check_key(settings)
-    recipe = read_recipe(settings)
+    recipe = read_recipe(settings, os.environ)
+    if settings.metadata:
+        check_metadata(settings.metadata)
     with open_report(settings.report) as stream:
         report = Report(time.monotonic(), stream)
         try:
             run_captions(settings, image_dir, recipe, report)
         except KeyboardInterrupt as error:  # while the plan is made; later ones are waited out
             report.ended_by = signal.Signals(*error.args or (signal.SIGINT,))
+        if settings.metadata:
+            plan = plan_folder(image_dir, settings.caption_dir, recipe.caption_ext)
+            write_metadata(settings.metadata, (item for item in plan if isinstance(item, Skipped)), report)
         now = time.monotonic()
         report.close(now)
         with contextlib.suppress(OSError):

@@ -138,6 +138,8 @@ def make_image(tmp_path: Path) -> ImageMaker:
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new(mode, size, colour).save(path, **options)
+        with path.open("ab") as file:  # no two images hold the same bytes unless a test copies one
+            file.write(os.fsencode(name))
         return path
 
     return make

@@ -13,7 +13,7 @@ import gen_captions as gc
 
 def test_a_caption_is_written_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    assert gc.write_caption(str(path), "Ein Café.")
+    assert gc.write_caption(str(path), gc.encode_caption("Ein Café."))
     assert path.read_bytes() == "Ein Café.\n".encode()
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -21,26 +21,26 @@ def test_a_caption_is_written_whole_and_nothing_else_is_left(tmp_path: Path) -> 
 @pytest.mark.parametrize("before", [b"", b"\n", b"\xef\xbb\xbf \n"])
 def test_a_blank_caption_is_replaced(tmp_path: Path, before: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(before)
-    assert gc.write_caption(str(tmp_path / "a.txt"), "new")
+    assert gc.write_caption(str(tmp_path / "a.txt"), b"new\n")
     assert (tmp_path / "a.txt").read_bytes() == b"new\n"
 
 
 def test_a_caption_that_stands_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"mine")
-    assert not gc.write_caption(str(tmp_path / "a.txt"), "new")
+    assert not gc.write_caption(str(tmp_path / "a.txt"), b"new\n")
     assert (tmp_path / "a.txt").read_bytes() == b"mine"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_a_caption_that_cannot_be_written_raises_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError):
-        gc.write_caption(str(tmp_path / "missing" / "a.txt"), "new")
+        gc.write_caption(str(tmp_path / "missing" / "a.txt"), b"new\n")
     assert os.listdir(tmp_path) == []
 
 
 def test_the_temporary_name_does_not_grow_with_the_captions_name(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 251 + ".txt")
-    assert gc.write_caption(str(path), "new")
+    assert gc.write_caption(str(path), b"new\n")
     assert path.exists()
 
 

@@ -42,7 +42,7 @@ def test_any_name_prints_as_one_harmless_line(name: str, shown: str) -> None:
     [
         ((), None, 0),
         ((WRITTEN,), None, 0),
-        ((gc.Skipped("a", "has a caption"),), None, 0),
+        ((gc.Skipped("a", "has a caption", "a.txt"),), None, 0),
         ((WRITTEN, OWN_ERROR), None, 1),
         ((WRITTEN, OWN_ERROR), gc.StopRun("key"), 3),
         ((WRITTEN,), signal.SIGINT, 130),
@@ -73,7 +73,7 @@ def test_ten_times_the_same_server_error_without_a_success_is_noticed(outcomes: 
 
 
 def test_the_summary_names_each_failure_by_reason_and_counts_once() -> None:
-    made = report(gc.Failed("z.jpg", "refused", "no"), WRITTEN, OWN_ERROR, gc.Skipped("d", "has a caption"))
+    made = report(gc.Failed("z.jpg", "refused", "no"), WRITTEN, OWN_ERROR, gc.Skipped("d", "has a caption", "d.txt"))
     made.usage = gc.Usage(12_345, 67)
     assert made.summary(104.0).splitlines() == [
         "c.jpg: not an image",

@@ -46,13 +46,14 @@ def test_a_folder_is_captioned_end_to_end(tool: Tool, server: Server, make_image
     assert done.stdout == ""
     assert "config: does not exist; nothing is read from it" in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert re.fullmatch(r"Captioned 3, skipped 0, failed 0; 3,600 tokens in, 60 out; \d+\.\d s, \d+\.\d a second", last)
+    counts = r"Captioned 3, skipped 0, failed 0, to look at 2 \(same answer 2\)"
+    assert re.fullmatch(rf"{counts}; 3,600 tokens in, 60 out; \d+\.\d s, \d+\.\d a second", last)
 
 
 def test_log_lines_carry_time_worker_and_level(tool: Tool, make_image: ImageMaker) -> None:
     make_image("a.jpg")
     err = tool("-v", "--image-dir", "images").stderr
-    assert re.search(r"^\d\d:\d\d:\d\d main      INFO    prompt: built in$", err, re.MULTILINE)
+    assert re.search(r"^\d\d:\d\d:\d\d main      INFO    prompt: built in, prose; trigger: none$", err, re.MULTILINE)
     assert re.search(r"^\d\d:\d\d:\d\d worker-01 DEBUG   images.a\.jpg: Stand-in", err, re.MULTILINE)
 
 
@@ -127,7 +128,7 @@ def test_images_are_neither_changed_nor_touched(tool: Tool, make_image: ImageMak
 def test_the_prompt_is_the_config_folders_prompt_txt(tool: Tool, server: Server, make_image: ImageMaker) -> None:
     make_image("a.jpg")
     (tool.folder / "config").mkdir()
-    (tool.folder / "config" / "prompt.txt").write_text("\ufeffDescribe {this} “café”.\n", encoding="utf-8")
+    (tool.folder / "config" / "prompt.txt").write_text("\ufeffDescribe {{this}} “café”.\n", encoding="utf-8")
     tool("--image-dir", "images", "--config-dir", "config")
     assert server.stats()["bodies"][0]["messages"][0]["content"][0]["text"] == "Describe {this} “café”."
 
@@ -183,7 +184,7 @@ def test_kill_9_at_any_moment_leaves_whole_captions_and_nothing_is_paid_twice(
     before = server.stats()["requests"]
     tool(*arguments)
     assert server.stats()["requests"] - before == 120 - written
-    assert [name for name in os.listdir(out) if not name.endswith(".txt")] == []
+    assert [name for name in os.listdir(out) if not name.endswith(".txt")] == [".gen-captions"]
     assert {*captions(out).values()} == {ANSWER + "\n"}
 
 
@@ -287,7 +288,7 @@ def test_a_disk_that_takes_no_more_stops_the_run_and_shows_the_answer(
     assert process.returncode == 3
     assert re.search(rf"images/\d\d\.txt: not written: .*the answer was: {ANSWER}", process.stderr)
     assert server.stats()["requests"] <= 4
-    assert [name for name in os.listdir(tool.folder / "images") if not name.endswith(".jpg")] == []
+    assert [name for name in os.listdir(tool.folder / "images") if not name.endswith(".jpg")] == [".gen-captions"]
 
 
 @POSIX

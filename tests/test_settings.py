@@ -187,11 +187,11 @@ def test_the_first_dotenv_counts(tmp_path: Path) -> None:
 
 def test_plain_http_to_another_machine_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     gc.log.propagate = True
-    recipe = gc.Recipe("p", "built in")
-    gc.log_recipe(resolve(OPENAI_BASE_URL="http://192.168.1.5/v1"), recipe)
+    recipe = gc.Recipe("p", "built in", "", "")
+    gc.log_remarks(resolve(OPENAI_BASE_URL="http://192.168.1.5/v1"), recipe)
     assert "plain http" in caplog.text
     caplog.clear()
-    gc.log_recipe(resolve(OPENAI_BASE_URL="http://127.0.0.1/v1"), recipe)
+    gc.log_remarks(resolve(OPENAI_BASE_URL="http://127.0.0.1/v1"), recipe)
     assert "plain http" not in caplog.text
 
 
