@@ -9,6 +9,8 @@
 #   "pillow>=12,<14",
 #   "tqdm>=4.66,<5",
 #   "pyyaml>=6,<7",
+#   "ftfy>=6.3,<7",
+#   "charset-normalizer>=3.4,<4",
 # ]
 # ///
 """Caption a folder of images for training, with OpenAI's vision models or any server that speaks their API.
@@ -31,6 +33,8 @@ Read it from top to bottom; each room uses only rooms above it:
     Ask                the connection, the retries, what the server taught us
     Pool               N workers over the jobs
     Report             counts, progress, summary, exit code
+    Encoding           what a file's bytes are, and what they should be
+    Repair             the walk through captions and config files that need it
     Commands, main     one function a command
 
 Exit codes: 0 all done or nothing to do; 1 some images failed; 2 usage or settings; 3 the run was stopped
@@ -41,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import contextlib
 import dataclasses
 import errno
@@ -201,6 +206,15 @@ def parse_metadata(text: str) -> str:
     return text
 
 
+def parse_encoding(text: str) -> str:
+    """Return the name of a text encoding; base64 and its like are a ValueError."""
+    try:
+        "".encode(text)
+    except LookupError:
+        raise ValueError from None
+    return text
+
+
 def parse_caption_ext(text: str) -> str:
     """Return the extension without its dot; an extension that trainers misread or that images have is a ValueError."""
     ext = text.removeprefix(".")
@@ -221,6 +235,7 @@ MODEL = Kind(parse_model, "a model's name", "NAME")
 STYLE = one_of("prose", "short", "tags")
 TRIGGER = Kind(parse_trigger, "a word, or a few, of at most 100 characters", "WORD")
 METADATA = Kind(parse_metadata, "a file whose name ends in .jsonl or .json", "FILE")
+ENCODING = Kind(parse_encoding, "a name of an encoding that Python knows, such as cp1252, gb18030 or shift_jis", "NAME")
 EXTENSION = Kind(
     parse_caption_ext, "letters and digits as in txt or caption; not json, not an image's extension", "EXT"
 )
@@ -303,8 +318,11 @@ class Settings:
         SHOW, one_of("DEBUG", "INFO", "WARNING", "ERROR"), "how much is said", "INFO", "GETCAP_LOG_LEVEL"
     )
 
-    undo: bool = setting(REPAIR, SWITCH, "put back the captions that the last --overwrite replaced", False)
-    fix_encoding: bool = setting(REPAIR, SWITCH, "repair the encoding of captions and config files (not yet)", False)
+    fix_encoding: bool = setting(
+        REPAIR, SWITCH, "make captions and config files UTF-8, and repair their letters", False
+    )
+    encoding: str | None = setting(REPAIR, ENCODING, "with --fix-encoding: what the files are that are not UTF-8")
+    undo: bool = setting(REPAIR, SWITCH, "put back what the last --overwrite or --fix-encoding replaced", False)
 
     @property
     def host(self) -> str:
@@ -474,7 +492,7 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
 class Entry:
     """What the journal says of one image: what was asked, of which bytes, and what became of it."""
 
-    outcome: str  # captioned, refused
+    outcome: str  # captioned, refused, repaired
     question: str = ""  # fingerprint of model and prompt: what a refusal answers
     recipe: str = ""  # fingerprint of those and the style: what a caption is made from, but for its trigger
     trigger: str = ""
@@ -541,6 +559,14 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Repaired:
+    """The file is UTF-8 now; the kind says what it was."""
+
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """The image was left alone."""
 
@@ -559,7 +585,7 @@ class Failed:
     by_server: bool = False
 
 
-Outcome = Written | Skipped | Failed
+Outcome = Written | Repaired | Skipped | Failed
 
 
 class StopRun(Exception):  # noqa: N818 - it is what happens, like StopIteration
@@ -721,12 +747,12 @@ def put_in_place(temporary: str, path: str) -> bool:
     return True
 
 
-def put_instead(temporary: str, path: str, status: os.stat_result) -> None:
-    """Replace a file by a whole one that has the permissions, the owner and the times of `status`. Raises OSError."""
+def put_instead(temporary: str, path: str) -> None:
+    """Replace a file by a whole one, which gets its permissions and its owner. Raises OSError."""
+    status = os.stat(path)
     os.chmod(temporary, stat.S_IMODE(status.st_mode))
     with contextlib.suppress(OSError, AttributeError):  # only the superuser may give files away; Windows has no owners
         os.chown(temporary, status.st_uid, status.st_gid)
-    os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
     os.replace(temporary, path)
 
 
@@ -751,8 +777,7 @@ def write_caption(path: str, data: bytes, replaces: str = "") -> bool:
             return put_in_place(temporary, path)
         if hash_file(path) != replaces:
             return False
-        os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
-        os.replace(temporary, path)
+        put_instead(temporary, path)
         return True
 
     return bool(write_whole(os.path.realpath(path) if replaces else path, lambda file: file.write(data), place))
@@ -859,7 +884,12 @@ class Journal:
             os.close(self._handle)
 
 
-def keep_originals(root: str, paths: Iterable[str], kind: str) -> str:
+def new_stamp() -> str:
+    """Return the name that the zips of one run share: its time, so that the last is the greatest."""
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+
+
+def keep_originals(root: str, paths: Iterable[str], kind: str, stamp: str) -> str:
     """Keep the bytes, times and permissions of files below `root` in one zip, and return its path. Raises OSError."""
     import zipfile
 
@@ -875,8 +905,7 @@ def keep_originals(root: str, paths: Iterable[str], kind: str) -> str:
                 index.append([name, status.st_mtime_ns, stat.S_IMODE(status.st_mode)])
             archive.writestr(INDEX, json.dumps(index))
 
-    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-    target = os.path.join(root, STATE_FOLDER, f"{kind}-{now}.zip")
+    target = os.path.join(root, STATE_FOLDER, f"{kind}-{stamp}.zip")
     os.makedirs(os.path.dirname(target), exist_ok=True)
     write_whole(target, fill)
     return target
@@ -1055,21 +1084,25 @@ def plan_folder(
                 yield plan_image(name, folder, target, ext, captions, judge)
 
 
+def check_folder(name: str, path: Path) -> None:
+    """Raise the SettingsError that names a folder that cannot be used, and the setting it comes from."""
+    shown = f"{flag_name(name)}: {printable(str(path))}"
+    try:
+        os.scandir(path).close()
+    except FileNotFoundError:
+        raise SettingsError(f"{shown}: there is no such folder") from None
+    except OSError as error:
+        raise SettingsError(f"{shown}: is not a folder that can be read: {error.strerror}") from None
+
+
 def check_folders(settings: Settings) -> Path:
     """Return the image folder, or raise the SettingsError that names the folder that cannot be used."""
     if settings.image_dir is None:
         raise SettingsError("--image-dir: is missing; name the folder of images")
     for name in ("image_dir", "caption_dir", "config_dir"):
         path = getattr(settings, name)
-        if path is None or (name != "image_dir" and not os.path.lexists(path)):
-            continue
-        shown = f"{flag_name(name)}: {printable(str(path))}"
-        try:
-            os.scandir(path).close()
-        except FileNotFoundError:
-            raise SettingsError(f"{shown}: there is no such folder") from None
-        except OSError as error:
-            raise SettingsError(f"{shown}: is not a folder that can be read: {error.strerror}") from None
+        if path is not None and (name == "image_dir" or os.path.lexists(path)):
+            check_folder(name, path)
     return settings.image_dir
 
 
@@ -2364,10 +2397,11 @@ MOST_FAILURES_IN_A_ROW = 10
 
 
 class Report:
-    """What became of each image: owns the counts, the summary and the exit code."""
+    """What became of each image, or of each text: owns the counts, the summary and the exit code."""
 
-    def __init__(self, started: float, stream: IO[str] | None = None) -> None:
+    def __init__(self, started: float, stream: IO[str] | None = None, *, of_repairs: bool = False) -> None:
         self.written = 0
+        self.repaired: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.failed: list[Failed] = []
         self.noted: Counter[str] = Counter()
@@ -2378,6 +2412,7 @@ class Report:
         self._in_a_row: deque[str] = deque(maxlen=MOST_FAILURES_IN_A_ROW)  # reasons
         self._started = started
         self._stream = stream
+        self._of_repairs = of_repairs
 
     def record(self, outcome: Outcome) -> None:
         """Count one outcome, and write it to the report file; what failed is said at once, with what to do about it."""
@@ -2391,6 +2426,9 @@ class Report:
             for kind, detail in outcome.notes:
                 self.noted[kind] += 1
                 log.warning("%s: %s: %s", printable(outcome.job.image), kind, detail)
+        elif isinstance(outcome, Repaired):
+            self.repaired[outcome.kind] += 1
+            log.info("%s: repaired: %s", printable(outcome.path), outcome.kind)
         else:
             self.failed.append(outcome)
             log.error("%s: %s: %s", printable(outcome.path), outcome.reason, outcome.detail)
@@ -2414,17 +2452,20 @@ class Report:
     def tally(self, seconds: float) -> str:
         """Return the counts as one line."""
         reasons = Counter(failure.reason for failure in self.failed)
-        parts = [f"Captioned {self.written:,}"]
-        for word, counts in (("skipped", self.skipped), ("failed", reasons), ("to look at", self.noted)):
-            listed = ", ".join(f"{reason} {n:,}" for reason, n in counts.most_common())
-            if word == "to look at" and not listed:
-                continue
-            parts.append(f"{word} {counts.total():,}" + (f" ({listed})" if listed else ""))
+        counts = {"repaired": self.repaired} if self._of_repairs else {}
+        counts |= {"skipped": self.skipped, "failed": reasons}
+        counts |= {"to look at": self.noted} if self.noted else {}
+        parts = [] if self._of_repairs else [f"captioned {self.written:,}"]
+        for word, count in counts.items():
+            listed = ", ".join(f"{reason} {n:,}" for reason, n in count.most_common())
+            parts.append(f"{word} {count.total():,}" + (f" ({listed})" if listed else ""))
         if self.left:
             parts.append(f"left for the next run {self.left:,}")
-        rate = self.written / seconds if seconds else 0.0
-        tokens = f"{self.usage.prompt:,} tokens in, {self.usage.answer:,} out"
-        return f"{', '.join(parts)}; {tokens}; {seconds:.1f} s, {rate:.1f} a second"
+        done = self.skipped.total() + self.repaired.total() if self._of_repairs else self.written
+        rate = f"{seconds:.1f} s, {done / seconds if seconds else 0:,.1f} a second"
+        tokens = "" if self._of_repairs else f" {self.usage.prompt:,} tokens in, {self.usage.answer:,} out;"
+        said = f"{', '.join(parts)};{tokens} {rate}"
+        return said[0].upper() + said[1:]
 
     def summary(self, now: float) -> str:
         """Return the summary: a line for each failure, by reason, and the tally."""
@@ -2442,7 +2483,7 @@ class Report:
         """Write the last line of the report file."""
         summary: dict[str, Any] = {"outcome": "summary", "captioned": self.written, "skipped": dict(self.skipped)}
         summary |= {"failed": Counter(failure.reason for failure in self.failed), "left": self.left}
-        summary |= {"noted": dict(self.noted)}
+        summary |= {"noted": dict(self.noted), "repaired": dict(self.repaired)}
         summary |= {"prompt_tokens": self.usage.prompt, "answer_tokens": self.usage.answer}
         stopped = getattr(self.ended_by, "name", None) or (str(self.ended_by) if self.ended_by else None)
         summary |= {"seconds": round(now - self._started, 3), "stopped": stopped, "exit_code": self.exit_code}
@@ -2455,6 +2496,8 @@ class Report:
             notes = {"notes": [": ".join(note) for note in item.notes]} if item.notes else {}
             path = {"outcome": "captioned", "image": item.job.image, "file": item.job.caption}
             item = {**path, "caption": item.text, **notes}
+        elif isinstance(item, Repaired):
+            item = {"outcome": "repaired", "file": item.path, "kind": item.kind}
         elif isinstance(item, Failed):
             item = {"outcome": "failed", "image": item.path, "reason": item.reason, "detail": item.detail}
         try:
@@ -2469,29 +2512,517 @@ class Report:
 
 
 @contextlib.contextmanager
-def show_progress(total: int, report: Report, *, quiet: bool) -> Iterator[Callable[[], None]]:
-    """Show how far the run is: a bar on a terminal, a line every 30 s or 5 % elsewhere; yields what counts one more."""
+def show_progress(total: int | None, report: Report, *, unit: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show how far a run is: a bar on a terminal, a line every 30 s or 5 % elsewhere; yields what counts some more."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    bar = tqdm(total=total, unit="image", file=sys.stderr, disable=quiet or None, dynamic_ncols=True)
+    bar = tqdm(total=total, unit=unit, file=sys.stderr, disable=quiet or None, dynamic_ncols=True)
     failed_before = len(report.failed)
     done, started, said_at = 0, time.monotonic(), time.monotonic()
 
-    def update() -> None:
+    def update(number: int = 1) -> None:
         nonlocal done, said_at
-        done += 1
+        done += number
         failed, tokens = len(report.failed) - failed_before, f"{report.usage.prompt + report.usage.answer:,}"
-        bar.set_postfix(failed=failed, tokens=tokens, refresh=False)
-        bar.update(1)
+        bar.set_postfix({"failed": failed, **({"tokens": tokens} if total else {})}, refresh=False)
+        bar.update(number)
         now = time.monotonic()
-        if bar.disable and (20 * done // total > 20 * (done - 1) // total or now - said_at >= 30):
+        if bar.disable and ((total and 20 * done // total > 20 * (done - 1) // total) or now - said_at >= 30):
             said_at, rate = now, done / max(now - started, 1e-9)
-            left = timedelta(seconds=round((total - done) / rate))
-            log.info("%d of %d, %d failed, %.1f a second, %s left, %s tokens", done, total, failed, rate, left, tokens)
+            said = f"{done:,}" + (f" of {total:,}" if total else "") + f", {failed} failed, {rate:.1f} a second"
+            left = f", {timedelta(seconds=round((total - done) / rate))} left, {tokens} tokens" if total else ""
+            log.info("%s%s", said, left)
 
     with bar, logging_redirect_tqdm([log]) if not bar.disable else contextlib.nullcontext():
         yield update
+
+
+# ------------------------------------------------------------------------------------------------ Encoding
+
+BOMS = (  # UTF-32 first: its little-endian mark begins like that of UTF-16
+    (codecs.BOM_UTF32_LE, "UTF-32", "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "UTF-32", "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "UTF-16", "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "UTF-16", "utf-16-be"),
+)
+CONTROLS = r"[\x00-\x08\x0e-\x1f\x7f]"  # what no legacy text has
+C1 = "[\x80-\x9f]"
+C1_IN_DISGUISE = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
+
+# UTF-8 that was read as cp1252 or Latin-1: a first byte, and as many more as it asks for. Only a text with such a run
+# is shown to ftfy, for which each "Ã " is damage.
+MORE = "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
+WORD_ENDS = r"[”»›–—](?!\w)"  # after capitals that is healthy: “AMANHÃ”, “FJÖRÐ”
+MOJIBAKE = f"[Â-ß](?:(?!{WORD_ENDS}){MORE}|(?<=[a-zß-ÿ].){WORD_ENDS})|[à-ï]{MORE}{{2}}|[ð-ô]{MORE}{{3}}"
+# what any damage begins with: with one class at its front, re skips the rest quickly
+SUSPICION = f"[\x80-\x9fÂ-ô](?:(?<=[\x80-\x9f])|(?={MORE}))"
+
+# The letters beyond a to z of Western languages: a text with one that is in none of them is not Western.
+WESTERN = (
+    "àâæçéèêëîïôùûüÿœñöä",  # French, Dutch, and what English borrows
+    "äöüßáéíóúñç",  # German, Spanish
+    "åäæöøéüàêôóñ",  # Danish, Norwegian, Swedish, Finnish
+    "àèéìòù",  # Italian
+    "àáâãçéêíóôõúü",  # Portuguese
+    "àçèéíïòóúüñ",  # Catalan
+    "áæéíðóöúýþ",  # Icelandic
+)
+HAN, WIDE = "\u3400-\u9fff", "\u3000-\u303f\uff01-\uff5e"  # characters, their punctuation
+HOMES = (  # (codecs, the letters of a language they were made for, how many make a vote), the most telling first
+    ("cp949", f"가-힣{WIDE}", 6),
+    ("cp932 euc_jp", f"ぁ-ヿ{HAN}{WIDE}", 6),
+    ("gb18030 big5", f"{HAN}{WIDE}", 6),
+    ("cp1251 koi8_r cp866", "а-яё", 6),  # Russian
+    ("cp1251 koi8_u", "а-щьюяґєії", 6),  # Ukrainian
+    ("cp1253 iso8859_7", "ΐά-ία-ώ", 6),  # Greek; ΰ is rare there, and what cp1251's а becomes
+    ("cp1255", "א-ת", 6),  # Hebrew, which else is a Cyrillic text without sense
+    ("cp1250 iso8859_2", "ąćęłńóśźż", 3),  # Polish
+    ("cp1250 iso8859_2", "áčďéěíňóřšťúůýž", 3),  # Czech
+    ("cp1250 iso8859_2", "áéíóöőúüű", 3),  # Hungarian
+    ("cp1254", "çğıöşüâîû\u0307", 5),  # Turkish; the last is what lower() makes of İ, besides i
+)
+VOTERS = [*dict.fromkeys(codec for names, _, _ in HOMES for codec in names.split()), "cp1252"]
+NAMES = {
+    "gb18030": "GB18030", "big5": "Big5", "cp932": "Shift_JIS", "euc_jp": "EUC-JP", "koi8_r": "KOI8-R",
+    "koi8_u": "KOI8-U", "iso8859_2": "ISO-8859-2", "iso8859_7": "ISO-8859-7",
+}  # fmt: skip
+# where the standards keep what is in daily use: (codec, first code, end)
+DAILY = {
+    "gb18030": ("gb2312", b"\xb0", b"\xd8"), "big5": ("big5", b"\xa4", b"\xc9"), "cp949": ("euc_kr", b"\xb0", b"\xc9"),
+}  # fmt: skip
+MARKS = "‘’“”„‚«»‹›¡¿–—…•·€£¥§©®™°²³½¼¾×±ºª´№\xa0"
+MISPLACED = (  # marks where none stands, capitals after small letters, two scripts in a word
+    r"[^\W\d_](?:[€£¥§©½¼¾±×¿¡„‚‹]|[“”«»®™°²³ºª•][^\W\d_])|[×±][^\W\d_]|©[a-zß-ÿ]|[€£¥§©®™°²³½¼¾×±ºª·•´]{2}|«{2}|»{2}"
+    r"|[¿¡„‚‹](?![\w“‘«\"'(])|¿(?![^?]*\?)|¡(?![^!]*!)|(?<![\dcmt])[²³]"
+    r"|[a-zß-öø-ÿąćęłńœšśźżžа-џά-ώ][À-ÖØ-ÞŒŠŽА-ЯЁ-ЏΆ-Ϋ]|[А-ЯЁ-Џ]{2}[а-џ]|(?i:[a-z])[Ͱ-ӿ]|[Ͱ-ӿ](?i:[a-z])"
+)
+NOT_WESTERN = (  # what other languages' letters become in cp1252, where no Western language has them
+    r"(?<!\w)(?![þÞ])[À-ÖØ-öø-ÿœŒ]{2,}(?!\w)"  # Russian: ïðèâåò
+    r"|[aeoy]æ|iæ(?!r)|ê[dgkzjwhoayæ]|[it]ê[cp]|ñ(?![aeiouyáéíóúü])|œ(?!u|il|[tds]|no)"  # Polish ć ę ń ś
+    r"|è[aeiouyáéíóúýkjhz]|ì\w|[kljvz]ù|[aou]ø"  # Czech č ě ů ř
+    r"|õ(?!e)|[ytznkvg]û"  # Hungarian ő ű
+    r"|(?is:\A(?=.*[ðýþ])(?!.*[áéíóúæ]))"  # Turkish ğ ı ş
+    r"|ã(?!o|e|s?\b)|[^\Wçmlhrfsv]ã\b|ç[^\Waouàáâãòóôõùúå]"  # Romanian ă, Latvian ē
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """What a file's bytes are: its text, and what was repaired to get there.
+
+    kind     "right", "unclear", "no text", or what was repaired: "BOM", "UTF-16", "cp1252", "BOM, mojibake" ...
+    text     the repaired text; blank when unclear or no text
+    found    the text as it was decoded, before letters were repaired; blank when right
+    guesses  when unclear or no text, at most two (name for --encoding, the text as it would read)
+    why      when unclear or no text, why nothing was done
+    """
+
+    kind: str
+    text: str = ""
+    found: str = ""
+    guesses: tuple[tuple[str, str], ...] = ()
+    why: str = ""
+
+
+# how much speaks for it, its codec, the text: the greatest is the best
+Reading = tuple[tuple[int, float], str, str]
+
+
+def decode_text(data: bytes, encoding: str | None = None) -> Decoding:
+    """Return what the bytes are; `encoding` says how to read those that are not UTF-8 and have no BOM."""
+    text = decode_utf8(data)
+    if (
+        text is not None
+        and text[:1] != "\ufeff"
+        and "\0" not in text
+        and (text.isascii() or not re.search(SUSPICION, text))
+    ):
+        return Decoding("right", text)  # first, and at the speed of reading: nearly all files end here
+    for bom, kind, codec in BOMS:
+        if data.startswith(bom):
+            return decode_as(data[len(bom) :], codec, kind)
+    body = data.removeprefix(codecs.BOM_UTF8)
+    kind = "BOM" if len(body) < len(data) else ""
+    if b"\0" in body:
+        return decode_controls(body, encoding)
+    if text is not None:
+        return repair(text, kind)
+    return decode_as(body, encoding, encoding) if encoding and not kind else decode_legacy(body, kind)
+
+
+def decode_utf8(data: bytes) -> str | None:
+    """Return the text, None when the bytes are not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def decode(data: bytes, codec: str) -> str | None:
+    """Return the text, None when the bytes are none in this codec or would not be the same again."""
+    try:
+        text = data.decode(codec)
+        same = text.encode(codec).endswith(data)  # Python's utf-16 writes a BOM
+        text.encode()  # unicode_escape can make half characters
+    except UnicodeError:
+        return None
+    return text if same and not re.search(CONTROLS, text) else None
+
+
+def decode_as(data: bytes, codec: str, kind: str) -> Decoding:
+    """Return the decision on bytes whose codec is known, because a BOM or the user says so."""
+    text = decode(data, codec)
+    return Decoding("unclear", why=f"not all of it is {kind}") if text is None else repair(text, kind)
+
+
+def decode_controls(data: bytes, encoding: str | None) -> Decoding:
+    """Return the decision on bytes with controls among them: UTF-32, UTF-16, or no text."""
+    for codec in ("utf-32-le", "utf-32-be"):
+        if text := decode(data, codec):
+            return repair(text, "UTF-32")
+    wide = [(codec, text) for codec in ("utf-16-le", "utf-16-be") if (text := decode(data, codec))]
+    for codec, text in wide:
+        zeros = data[codec == "utf-16-le" :: 2].count(0)
+        # few zeros prove nothing by themselves: b"hello\0" is 敨汬o
+        if zeros == data.count(0) and (zeros * 4 >= len(data) or is_at_home(text, "а-яёґєіїά-ώ")):
+            return repair(text, "UTF-16")
+    if encoding and (text := decode(data, encoding)):
+        return repair(text, encoding)
+    asian = ("cp949", "cp932", "gb18030", "big5")
+    if guesses := tuple(guess for guess in wide if any(telling(guess[1], codec) for codec in asian)):
+        return Decoding("unclear", guesses=guesses, why="UTF-16 without a BOM, perhaps")
+    return Decoding("no text", why="zero or control bytes")
+
+
+def decode_legacy(data: bytes, kind: str = "") -> Decoding:
+    """Return the decision on bytes that are not UTF-8: Western by its letters, UTF-8 with strays, or by vote."""
+    if re.search(CONTROLS, data.decode("latin-1")):
+        return decode_controls(data, None)
+    western = decode(data, "cp1252")
+    if western and is_western(western):
+        return repair(western, kind, "cp1252")
+    if text := read_strays(data):
+        return repair(text, kind, "stray bytes")
+    readings = vote(data)
+    evidence, codec, best = readings[0] if readings else ((0, 0.0), "", "")
+    if evidence[0] and all(text == best or weight < evidence for weight, _, text in readings):
+        return repair(best, kind, NAMES.get(codec, codec))
+    texts = {text: codec for _, codec, text in reversed(readings)}
+    guesses = tuple((codec, text) for text, codec in reversed(texts.items()))[:2]
+    return Decoding("unclear", guesses=guesses, why="the bytes fit more than one encoding, or none well")
+
+
+def is_at_home(text: str, letters: str) -> bool:
+    """Return whether all beyond ASCII is one of these letters, or a mark; and each where it can stand."""
+    return not re.search(f"[^\\x00-\\x7f{letters}{MARKS}]", text.lower()) and not re.search(MISPLACED, text)
+
+
+def is_western(text: str) -> bool:
+    """Return whether the text is one of a Western language."""
+    return not re.search(NOT_WESTERN, text) and any(is_at_home(text, letters) for letters in WESTERN)
+
+
+def read_strays(data: bytes) -> str | None:
+    """Return UTF-8 with its stray bytes read as cp1252; None when they are many or not Western."""
+    text = data.decode("utf-8", "surrogateescape")  # a stray byte becomes half a surrogate
+    strays = re.findall("[\udc80-\udcff]", text)
+    if len(strays) * 2 > len(re.sub("[\x00-\x7f]", "", text)):
+        return None
+
+    def read(stray: re.Match[str]) -> str:
+        return bytes([ord(stray[0]) - 0xDC00]).decode("cp1252", "replace")
+
+    # the strays are judged beside any letter or any mark: what is UTF-8 may be of any language
+    alone = re.sub("[^\x00-\x7f\udc80-\udcff]", lambda valid: "a" if valid[0].isalpha() else " ", text)
+    return re.sub("[\udc80-\udcff]", read, text) if is_western(re.sub("[\udc80-\udcff]", read, alone)) else None
+
+
+def vote(data: bytes) -> list[Reading]:
+    """Return charset-normalizer's readings that give the same bytes again, the best first."""
+    from charset_normalizer import from_bytes
+
+    matches = from_bytes(data, cp_isolation=VOTERS, preemptive_behaviour=False, enable_fallback=False)
+    texts = ((match.coherence, match.encoding, decode(data, match.encoding)) for match in matches)
+    readings = [((telling(text, codec), language), codec, text) for language, codec, text in texts if text is not None]
+    return sorted(readings, key=lambda reading: reading[0], reverse=True)
+
+
+def telling(text: str, codec: str) -> int:
+    """Return 2 for Hangul or kana, 1 for other letters at home in this codec, 0 for too few or for others."""
+    for names, letters, enough in HOMES:
+        if codec in names.split() and is_at_home(text, letters) and len(re.findall(f"(?i)[{letters}]", text)) >= enough:
+            special = "가" in letters or "ぁ" in letters
+            return (1 + special) * (is_usual(text, codec) and ("ぁ" not in letters or bool(re.search("[ぁ-ヺ]", text))))
+    return 0
+
+
+def is_usual(text: str, codec: str) -> bool:
+    """Return whether few of the characters are rare ones, or capitals: what another encoding makes of a text."""
+    if daily := DAILY.get(codec):
+        name, first, end = daily
+        signs = re.findall(f"[{HAN}가-힣]", text)
+        return sum(not first <= sign.encode(name, "ignore") < end for sign in signs) <= len(signs) / 5
+    beyond = re.sub(r"[\x00-\x7f]", "", text)
+    return sum(map(str.isupper, beyond)) <= sum(map(str.islower, beyond))
+
+
+def repair(found: str, *kinds: str) -> Decoding:
+    """Return the decision on a decoded text: BOMs dropped, mojibake and C1 controls repaired until none is left."""
+    text, before, done = found.lstrip("\ufeff"), None, [kind for kind in kinds if kind]
+    while text != before:
+        before = text
+        for name, mend in (("mojibake", mend_mojibake), ("C1 controls", mend_c1)):
+            mended = mend(text).lstrip("\ufeff")
+            if mended != text and name not in done:
+                done.append(name)
+            text = mended
+    if re.search(C1, text) or text.count("\ufffd") > found.count("\ufffd"):
+        return Decoding("unclear", why="letters were lost in an earlier conversion")
+    return Decoding(", ".join(done), text, found) if done else Decoding("right", text)
+
+
+def mend_mojibake(text: str) -> str:
+    """Return the text without UTF-8 that was read as something else."""
+    if not re.search(MOJIBAKE, text):
+        return text
+    import ftfy
+
+    return ftfy.fix_encoding(text)
+
+
+def mend_c1(text: str) -> str:
+    """Return the text with its C1 controls as cp1252 has them, unchanged when it does not have them all."""
+    mended = text.translate(C1_IN_DISGUISE)
+    return text if re.search(C1, mended) else mended
+
+
+def same_meaning(found: str, text: str, suffix: str) -> bool:
+    """Return whether a YAML, JSON or TOML file says the same after its repair, but for repaired letters.
+
+    True as well for other files, and for one that could not be parsed before.
+    """
+    before = outline_file(found.lstrip("\ufeff"), suffix)
+    return before is None or before == outline_file(text, suffix)
+
+
+def outline_file(text: str, suffix: str) -> Any:
+    """Return the outline of what a file holds, None when it cannot be parsed or is of another kind."""
+    import tomllib
+
+    import yaml
+
+    parsers: dict[str, Any] = {
+        ".json": json.loads,
+        ".jsonl": lambda lines: [json.loads(line) for line in lines.split("\n") if line.strip()],
+        ".toml": tomllib.loads,
+    }
+    parsers[".yaml"] = parsers[".yml"] = lambda documents: list(yaml.safe_load_all(documents))
+    try:
+        return outline(parsers[suffix.lower()](text))
+    except Exception:  # parsers raise whatever they stumble over
+        return None
+
+
+def outline(value: Any) -> Any:
+    """Return a parsed value with only the ASCII characters of its strings: the rest may be repaired letters."""
+    match value:
+        case dict():
+            return [(outline(key), outline(each)) for key, each in value.items()]
+        case list():
+            return list(map(outline, value))
+        case str():
+            return "".join(re.findall("[!-~]", value))
+        case _:
+            return (type(value).__name__, repr(value))
+
+
+# -------------------------------------------------------------------------------------------------- Repair
+
+TEXT_SUFFIXES = (".txt", ".caption", ".yaml", ".yml", ".json", ".jsonl", ".toml")
+LARGEST_TEXT = 64 * 1000 * 1000
+PASSAGE = 30  # characters on either side of a change that are shown
+MOST_PASSAGES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A file to be repaired, as it was found."""
+
+    root: str
+    path: str
+    sha256: str
+
+
+def walk_texts(roots: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield each text below the roots as (root, path), folder by folder, each folder sorted; no folder twice.
+
+    Hidden names are passed over. Raises OSError for a root; a folder below that cannot be read is yielded as a text.
+    """
+    seen = set()
+    for root in roots:
+        waiting = [root]
+        while waiting:
+            folder = waiting.pop()
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            try:
+                with os.scandir(folder) as entries:
+                    found = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda e: e.name)
+            except OSError:
+                yield root, folder
+                continue
+            for entry in found:
+                if entry.is_dir():
+                    waiting.append(entry.path)
+                elif entry.name.lower().endswith(suffixes):
+                    yield root, entry.path
+
+
+def read_text_bytes(path: str) -> bytes:
+    """Return a text file's bytes. Raises OSError for what is no file, too large, or cannot be read."""
+    handle = os.open(path, READ_ONLY)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is no file that can be read", path)
+        if status.st_size > LARGEST_TEXT:
+            raise OSError(errno.EFBIG, f"is over {LARGEST_TEXT // 1_000_000} MB", path)
+        data = os.read(handle, status.st_size + 1)
+        while more := os.read(handle, 65536) if len(data) != status.st_size else b"":
+            data += more
+        return data
+    finally:
+        os.close(handle)
+
+
+def decode_file(data: bytes, path: str, encoding: str | None) -> Decoding:
+    """Return the decision on a file; one whose repair would change what a config file means is unclear."""
+    found = decode_text(data, encoding)
+    if found.found and not same_meaning(found.found, found.text, os.path.splitext(path)[1]):
+        return Decoding("unclear", why="its repair would change what the file means")
+    return found
+
+
+def describe_doubt(found: Decoding) -> str:
+    """Return why a file is left alone, and the guesses to choose from."""
+    guesses = "; ".join(f'as {encoding} it reads "{shorten(text, 120)}"' for encoding, text in found.guesses)
+    advice = f"{guesses}; name what is right with --encoding" if guesses else "look at it in an editor"
+    return f"{found.why}; {advice}"
+
+
+def count_same(one: str, other: str) -> int:
+    """Return how many characters two texts have in common from their start."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def find_passages(before: str, after: str) -> list[tuple[str, str]]:
+    """Return the passages of two texts that differ, a pair a line, with some characters around them."""
+    lines = zip(before.split("\n"), after.split("\n"), strict=False)
+    pairs = []
+    for old, new in itertools.islice((pair for pair in lines if pair[0] != pair[1]), MOST_PASSAGES):
+        start = count_same(old, new)
+        end = count_same(old[start:][::-1], new[start:][::-1])
+        first = max(0, start - PASSAGE)
+        pairs.append((old[first : len(old) - end + PASSAGE], new[first : len(new) - end + PASSAGE]))
+    return pairs
+
+
+def describe_repair(data: bytes, found: Decoding) -> list[str]:
+    """Return the changed passages of a file before and after, a line each; bytes that are no UTF-8 as \\x92."""
+    before = found.found if decode_utf8(data) is None and b"\0" in data else data.decode("utf-8", "backslashreplace")
+    pairs = find_passages(before.removeprefix("\ufeff"), found.text)
+    lines = [f"    {mark} {printable(text.strip())}" for pair in pairs for mark, text in zip("-+", pair, strict=True)]
+    return lines or [f"    = {shorten(found.text, 2 * PASSAGE)}"]
+
+
+def warn_of_link(path: str, roots: Sequence[str]) -> None:
+    """Say that a link leads out of the folders that are repaired."""
+    real = os.path.realpath(path)
+    inside = (os.path.join(os.path.realpath(root), "") for root in roots)
+    if not real.startswith(tuple(inside)):
+        log.warning("%s: is at %s, out of the folder, and repaired there", printable(path), printable(real))
+
+
+def find_damage(settings: Settings, roots: Sequence[str], report: Report) -> Iterator[Damage]:
+    """Yield the files that need a repair; what is right, unclear or cannot be read goes into the report."""
+    suffixes = (*TEXT_SUFFIXES, f".{settings.caption_ext or 'txt'}".lower())
+    with show_progress(None, report, unit="file", quiet=log.level > logging.INFO) as update:
+        for number, (root, path) in enumerate(walk_texts(roots, suffixes), 1):
+            if number % 100 == 0:
+                update(100)
+            try:
+                data = read_text_bytes(path)
+            except OSError as error:
+                report.record(Failed(path, "unreadable file", str(error.strerror)))
+                continue
+            found = decode_file(data, path, settings.encoding)
+            if found.kind == "right":
+                report.skipped["already right"] += 1
+            elif found.kind in {"unclear", "no text"}:
+                report.record(Failed(path, found.kind, describe_doubt(found)))
+            else:
+                warn_of_link(path, roots)
+                if settings.dry_run:
+                    print(f"{printable(path)}: {found.kind}", *describe_repair(data, found), sep="\n")
+                yield Damage(root, path, hashlib.sha256(data).hexdigest())
+
+
+def repair_file(damage: Damage, journal: Journal, encoding: str | None) -> Repaired | Failed:
+    """Repair one file, whole or not at all, its permissions and owner kept; the journal knows it first."""
+    path = os.path.realpath(damage.path)
+    try:
+        if not os.stat(path).st_mode & 0o222:  # the superuser could, and should not
+            return Failed(damage.path, "read-only file", "make it writable, then run again")
+        data = read_text_bytes(path)
+        if hashlib.sha256(data).hexdigest() != damage.sha256:
+            return Failed(damage.path, "changed by now", "another program is writing it; run again")
+        found = decode_file(data, path, encoding)
+        repaired = found.text.encode()
+        journal.append(damage.path, Entry("repaired", caption_sha256=hashlib.sha256(repaired).hexdigest()))
+        write_whole(path, lambda file: file.write(repaired), put_instead)
+    except OSError as error:
+        return Failed(damage.path, "not written", str(error.strerror))
+    return Repaired(damage.path, found.kind)
+
+
+def repair_roots(settings: Settings) -> list[str]:
+    """Return the folders to repair. Raises SettingsError when there is none, or one that cannot be used."""
+    roots = []
+    for name in ("caption_dir", "config_dir"):
+        path = getattr(settings, name)
+        if path is None or (name == "config_dir" and not os.path.lexists(path)):
+            continue
+        check_folder(name, path)
+        roots.append(str(path))
+    if not roots:
+        raise SettingsError("--fix-encoding: name a folder that exists with --caption-dir, --config-dir, or both")
+    return roots
+
+
+def run_repair(settings: Settings, roots: Sequence[str], report: Report) -> None:
+    """Make every text below the roots UTF-8; the originals of all that is to be changed are kept first."""
+    found = {os.path.realpath(damage.path): damage for damage in find_damage(settings, roots, report)}
+    damaged = list(found.values())  # a file and links to it are one
+    stamp = new_stamp()
+    for root in roots if not settings.dry_run else []:
+        here = [damage for damage in damaged if damage.root == root]
+        if not here:
+            continue
+        journal = Journal(root)
+        try:
+            journal.open()
+            kept = keep_originals(root, [damage.path for damage in here], KEPT, stamp)
+            for damage in here:
+                report.record(repair_file(damage, journal, settings.encoding))
+            log.info("the originals are in %s; --undo puts them back", printable(kept))
+        except (OSError, StopRun) as error:
+            report.ended_by = StopRun(f"{printable(journal.folder)}: the originals cannot be kept there: {error}")
+            log.error("%s", report.ended_by)  # noqa: TRY400
+        finally:
+            journal.close()
 
 
 # ------------------------------------------------------------------------------------------ Commands, main
@@ -2767,7 +3298,7 @@ async def caption_images(
     """Caption the images of a plan; the report has the outcomes, and why the run ended early if it did."""
     stop = Stop()
     before = report.recorded
-    with show_progress(len(jobs), report, quiet=log.level > logging.INFO) as update, end_on_signals(stop):
+    with show_progress(len(jobs), report, unit="image", quiet=log.level > logging.INFO) as update, end_on_signals(stop):
         try:
             async with open_client(settings) as client:
                 asker = Asker(client, settings, recipe, stop)
@@ -2777,7 +3308,7 @@ async def caption_images(
                     try:
                         await captioner.handle(job)
                     finally:
-                        update()
+                        update(1)
 
                 await run_pool(iter(jobs), handle, settings.thread_pool, stop)
         except (OSError, ValueError, ImportError) as error:  # the connection's own settings
@@ -2833,7 +3364,7 @@ def prepare_run(jobs: list[Job], root: Path, journal: Journal, report: Report) -
         journal.open()
         replaced = [job.caption for job in ready if job.replaces]
         if replaced:
-            kept = keep_originals(str(root), replaced, KEPT)
+            kept = keep_originals(str(root), replaced, KEPT, new_stamp())
             log.info("%d captions to renew are kept in %s; --undo puts them back", len(replaced), printable(kept))
     except OSError as error:
         raise StopRun(f"{printable(journal.folder)}: cannot be written: {error.strerror}") from error
@@ -2988,17 +3519,13 @@ def put_back(archive: zipfile.ZipFile, path: str, place: tuple[int, int, int]) -
     write_whole(os.path.realpath(path), lambda file: file.write(data), give_name)
 
 
-def run_undo(settings: Settings) -> int:
-    """Put back what the last run with --overwrite replaced, unless it was edited since; return the exit code."""
+def undo_below(root: str, kept: str, dry_run: bool) -> None:
+    """Put back what a zip of originals holds, unless it was edited since, and say so for each file.
+
+    Raises OSError, BadZipFile, ValueError and StopRun; what is put back by then is whole.
+    """
     import zipfile
 
-    root = settings.caption_dir or settings.image_dir
-    if root is None:
-        raise SettingsError("--undo: name the folder with --caption-dir, or with --image-dir where that holds both")
-    kept = newest_originals(str(root))
-    if not kept:
-        print(f"{printable(str(root))}: there is nothing to put back")
-        return 0
     journal = Journal(root)
     try:
         with zipfile.ZipFile(kept) as archive:
@@ -3006,20 +3533,40 @@ def run_undo(settings: Settings) -> int:
             for path, _, state in plan:
                 print(f"{printable(path)}: {state}")
             todo = [(path, place) for path, place, state in plan if state == "put back"]
-            if not settings.dry_run:
+            if not dry_run:
                 journal.open()
-                keep_originals(str(root), [path for path, _ in todo if os.path.exists(path)], UNDONE)
+                keep_originals(root, [path for path, _ in todo if os.path.exists(path)], UNDONE, new_stamp())
                 for path, place in todo:
                     put_back(archive, path, place)
-        if not settings.dry_run:
-            os.rename(kept, kept.replace(f"{KEPT}-", f"{RESTORED}-"))
-    except (OSError, zipfile.BadZipFile, ValueError, StopRun) as error:
-        log.error("%s: not all was put back: %s", printable(kept), error)  # noqa: TRY400
-        return 1
+        if not dry_run:
+            os.rename(kept, os.path.join(journal.folder, os.path.basename(kept).replace(KEPT, RESTORED, 1)))
     finally:
         journal.close()
-    print(f"Put back {len(todo):,} of {len(plan):,}; {printable(kept)}")
-    return 0
+    print(f"{'Would put' if dry_run else 'Put'} back {len(todo):,} of {len(plan):,}: {printable(kept)}")
+
+
+def run_undo(settings: Settings) -> int:
+    """Put back what the last run replaced in the caption folder and the config folder; return the exit code."""
+    import zipfile
+
+    roots = [str(path) for path in (settings.caption_dir or settings.image_dir, settings.config_dir) if path]
+    if not roots:
+        raise SettingsError(
+            "--undo: name the folders with --caption-dir (--image-dir where it holds both), --config-dir"
+        )
+    kept = {root: newest_originals(root) for root in roots}
+    last = max(map(os.path.basename, kept.values()))
+    if not last:
+        print(f"{printable(', '.join(roots))}: there is nothing to put back")
+    code = 0
+    for root, path in kept.items():
+        if last and os.path.basename(path) == last:  # one run names its zips alike
+            try:
+                undo_below(root, path, settings.dry_run)
+            except (OSError, zipfile.BadZipFile, ValueError, StopRun) as error:
+                code = 1
+                log.error("%s: not all was put back: %s", printable(path), error)  # noqa: TRY400
+    return code
 
 
 def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str] | None]:
@@ -3038,12 +3585,44 @@ def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str]
         raise SettingsError(f"{shown}: cannot be written: {error.strerror}") from None
 
 
+CAPTIONS_ONLY = ("limit", "overwrite", "metadata")
+
+
+def check_command(settings: Settings) -> None:
+    """Raise the SettingsError for flags that say nothing to the command they stand beside."""
+    if settings.fix_encoding and settings.undo:
+        raise SettingsError("--fix-encoding and --undo: take one of them")
+    for name in CAPTIONS_ONLY:
+        if getattr(settings, name) and (settings.fix_encoding or settings.undo):
+            raise SettingsError(f"{flag_name(name)}: belongs to captioning, not to --fix-encoding or --undo")
+    if settings.encoding and not settings.fix_encoding:
+        raise SettingsError("--encoding: belongs to --fix-encoding")
+    if settings.report and (settings.dry_run or settings.undo):
+        raise SettingsError("--report: tells what a run did; --dry-run and --undo print what they would do or did")
+
+
+def report_on(settings: Settings, work: Callable[[Report], None]) -> int:
+    """Do the work of a command that writes, print its summary, whatever happens, and return the exit code."""
+    with open_report(settings.report) as stream:
+        report = Report(time.monotonic(), stream, of_repairs=settings.fix_encoding)
+        try:
+            work(report)
+        except KeyboardInterrupt as error:  # where nothing is waited for
+            report.ended_by = signal.Signals(*error.args or (signal.SIGINT,))
+        now = time.monotonic()
+        report.close(now)
+        with contextlib.suppress(OSError):
+            print(report.summary(now), file=sys.stderr)
+    return report.exit_code
+
+
 def run(settings: Settings) -> int:
     """Carry out what the settings ask for and return the exit code."""
-    if settings.fix_encoding:
-        raise SettingsError("--fix-encoding: not yet; it comes with a later version")
+    check_command(settings)
     if settings.undo:
         return run_undo(settings)
+    if settings.fix_encoding:
+        return report_on(settings, functools.partial(run_repair, settings, repair_roots(settings)))
     if settings.dry_run:
         return show_plan(settings)
     image_dir = check_folders(settings)
@@ -3051,20 +3630,16 @@ def run(settings: Settings) -> int:
     recipe = read_recipe(settings, os.environ)
     if settings.metadata:
         check_metadata(settings.metadata)
-    with open_report(settings.report) as stream:
-        report = Report(time.monotonic(), stream)
+
+    def work(report: Report) -> None:
         try:
             run_captions(settings, image_dir, recipe, report)
-        except KeyboardInterrupt as error:  # while the plan is made; later ones are waited out
-            report.ended_by = signal.Signals(*error.args or (signal.SIGINT,))
-        if settings.metadata:
-            plan = plan_folder(image_dir, settings.caption_dir, recipe.caption_ext)
-            write_metadata(settings.metadata, (item for item in plan if isinstance(item, Skipped)), report)
-        now = time.monotonic()
-        report.close(now)
-        with contextlib.suppress(OSError):
-            print(report.summary(now), file=sys.stderr)
-    return report.exit_code
+        finally:
+            if settings.metadata:
+                plan = plan_folder(image_dir, settings.caption_dir, recipe.caption_ext)
+                write_metadata(settings.metadata, (item for item in plan if isinstance(item, Skipped)), report)
+
+    return report_on(settings, work)
 
 
 def interrupt(number: int, _frame: FrameType | None) -> None:

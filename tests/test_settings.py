@@ -203,10 +203,6 @@ def test_verbose_and_quiet_exclude_each_other(tool: Tool) -> None:
     assert "take one" in tool("-v", "-q", "--image-dir", "x", code=2).stderr
 
 
-def test_fix_encoding_says_not_yet(tool: Tool) -> None:
-    assert "not yet" in tool("--fix-encoding", "--caption-dir", "c", code=2).stderr
-
-
 def test_version_and_help_go_to_stdout(tool: Tool) -> None:
     assert tool("-V").stdout == f"gen-captions {gc.__version__}\n"
     shown = tool("--help").stdout
@@ -221,7 +217,13 @@ def test_variables_are_named_after_their_settings() -> None:
 
 
 def test_usage_errors_and_help_do_not_wait_for_heavy_imports(tool: Tool) -> None:
-    for arguments, code in ((["--help"], 0), (["-V"], 0), (["--timeout", "x"], 2), (["--fix-encoding"], 2)):
+    for arguments, code in (
+        (["--help"], 0),
+        (["-V"], 0),
+        (["--timeout", "x"], 2),
+        (["--fix-encoding"], 2),
+        (["--undo"], 2),
+    ):
         process = tool(*arguments, code=code, PYTHONPROFILEIMPORTTIME="1")
         imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time" in line}
         assert imported.isdisjoint({"openai", "httpx2", "PIL", "tenacity", "aiofiles", "tqdm", "asyncio"})
