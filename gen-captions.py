@@ -2991,12 +2991,12 @@ def repair_file(damage: Damage, journal: Journal, encoding: str | None) -> Repai
 def repair_roots(settings: Settings) -> list[str]:
     """Return the folders to repair. Raises SettingsError when there is none, or one that cannot be used."""
     roots = []
-    for name in ("caption_dir", "config_dir"):
+    captions = "caption_dir" if settings.caption_dir else "image_dir"  # beside the images
+    for name in (captions, "config_dir"):
         path = getattr(settings, name)
-        if path is None or (name == "config_dir" and not os.path.lexists(path)):
-            continue
-        check_folder(name, path)
-        roots.append(str(path))
+        if path is not None and (name != "config_dir" or os.path.lexists(path)):
+            check_folder(name, path)
+            roots.append(str(path))
     if not roots:
         raise SettingsError("--fix-encoding: name a folder that exists with --caption-dir, --config-dir, or both")
     return roots
@@ -3552,7 +3552,7 @@ def run_undo(settings: Settings) -> int:
     roots = [str(path) for path in (settings.caption_dir or settings.image_dir, settings.config_dir) if path]
     if not roots:
         raise SettingsError(
-            "--undo: name the folders with --caption-dir (--image-dir where it holds both), --config-dir"
+            "--undo: name the folder with --caption-dir (or --image-dir, where that has the captions), --config-dir"
         )
     kept = {root: newest_originals(root) for root in roots}
     last = max(map(os.path.basename, kept.values()))
