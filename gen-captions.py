@@ -1567,6 +1567,15 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """What a server says of one of its limits: how many it takes when whole, how many now, the seconds until whole."""
+
+    most: float
+    left: float
+    reset_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorReply:
     """An error in whichever shape it came. Status 0: there was no answer at all."""
 
@@ -1674,6 +1683,41 @@ def parse_retry_after(headers: Mapping[str, str], now: datetime) -> float:
         seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
         return min(max(0.0, seconds), LONGEST_RETRY_AFTER_S)
     return 0.0
+
+
+GO_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+
+
+UNITS = ("requests", "tokens")
+
+
+def parse_reset(text: str, now: datetime) -> float | None:
+    """Return the seconds until a limit is whole again: from a Go duration, seconds or an epoch; None for anything else.
+
+    Source: https://pkg.go.dev/time#ParseDuration; https://platform.openai.com/docs/guides/rate-limits
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|h|m|s)", text)
+    if parts and "".join(map("".join, parts)) == text:
+        return sum(float(number) * GO_UNITS_S[unit] for number, unit in parts)
+    if not re.fullmatch(r"\d+(?:\.\d+)?", text):
+        return None
+    number = float(text)
+    if number < 1e9:
+        return number
+    return max(0.0, (number / 1000 if number > 1e11 else number) - now.timestamp())
+
+
+def parse_limits(headers: Mapping[str, str], now: datetime) -> dict[str, Limit]:
+    """Return what the x-ratelimit headers say of requests and of tokens; whoever does not limit them says nothing."""
+    found = {}
+    for unit in UNITS:
+        limit, remaining = (headers.get(f"x-ratelimit-{word}-{unit}", "") for word in ("limit", "remaining"))
+        with contextlib.suppress(ValueError):
+            most, left = float(limit), float(remaining)
+            if 0 < most < math.inf and math.isfinite(left):
+                reset_s = parse_reset(headers.get(f"x-ratelimit-reset-{unit}", "").strip(), now)
+                found[unit] = Limit(most, max(0.0, left), reset_s)
+    return found
 
 
 def parse_error(status: int, text: str, retry_after_s: float = 0.0) -> ErrorReply:
@@ -2187,23 +2231,129 @@ class Stop:
         self.check()
 
 
+LONGEST_NAP_S = 1.0  # who waits looks again: an answer may have changed what there is to wait for
+STEADY_S = 5.0  # a pace is measured over so long
+RESERVE_S = 0.1  # of a limit's refill is left in it: requests do not arrive in the order and at the time they leave
+FEW_REFUSED = 0.05  # of the answers: some servers say 429 at random, and a real limit soon says it more often
+SLOWER, REGAINED = 0.8, 0.05  # of the pace: kept after a 429, won back each second of good answers
+
+
+class Bucket:
+    """What a server still takes, of requests or of tokens: kept by our own count, corrected by the server's word.
+
+    Unlimited until the server speaks. It refills steadily, as OpenAI's does.
+    """
+
+    def __init__(self) -> None:
+        self.taken = 0.0  # by all requests so far
+        self._most = self._level = self._rate = math.inf
+        self._at = 0.0
+
+    def wait_s(self, cost: float, now: float) -> float:
+        """Return the seconds until there is room for this cost; a cost that is never met waits for a full bucket."""
+        self._refill(now)
+        missing = min(cost + RESERVE_S * self._rate, self._most) - self._level if self._most < math.inf else 0.0
+        return missing / self._rate if missing > 1e-9 else 0.0
+
+    def take(self, cost: float) -> None:
+        """Count a request that is being sent."""
+        self.taken += cost
+        self._level -= cost
+
+    def learn(self, limit: Limit, sent_at: float, taken: float, now: float) -> None:
+        """Correct the level by what an answer says, whose request was sent when `taken` had been taken.
+
+        Some servers count at the request, some at the answer: the truth lies between the two.
+        """
+        self._refill(now)
+        used = limit.most - limit.left
+        # whatever the limit's period, the missing part comes back in the time to reset; few say too little
+        known = limit.reset_s and used >= 10
+        self._rate = used / limit.reset_s if known and limit.reset_s else limit.most / 60
+        self._most = limit.most
+        at_answer, since = limit.left, self.taken - taken
+        at_request = min(limit.most, limit.left + self._rate * (now - sent_at)) - since
+        low, high = sorted((at_answer, at_request))
+        self._level = min(max(self._level, low), high)
+
+    def _refill(self, now: float) -> None:
+        if self._rate < math.inf:
+            self._level = min(self._most, self._level + self._rate * (now - self._at))
+        self._at = now
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to send one request, and what the throttle must know again when its answer comes."""
+
+    sent_at: float
+    tokens: float  # what it was expected to take
+    taken: tuple[float, float]  # of requests and tokens, itself included
+
+
 class Throttle:
-    """The shared pace of all workers: at most `rate` requests a second, evenly spaced, no burst at the start."""
+    """The shared pace of all workers: a hard cap, the server's own limits, one pause for all after a 429.
+
+    Requests are sent one after another in the order they came. Who waits holds nothing: its image is ready.
+    """
 
     def __init__(self, rate: float | None, stop: Stop) -> None:
+        import asyncio
+
         self._interval_s = 1 / rate if rate else 0.0
-        self._next = 0.0
+        self._requests, self._tokens = Bucket(), Bucket()
+        self._tokens_each = 0.0  # of a request, as the answers so far say
+        self._pace, self._raise = math.inf, 0.0  # requests a second after a 429, and what each second adds to them
+        self._good: deque[float] = deque(maxlen=1000)  # when the last answers came, by what they were
+        self._refused: deque[float] = deque(maxlen=1000)
+        self._next = self._not_before = self._slowed_at = self._raised_at = 0.0
+        self._queue = asyncio.Lock()
         self._stop = stop
 
-    async def turn(self) -> None:
+    async def turn(self) -> Ticket:
         """Wait until the caller may send one request; raises StopRun when the run ends first."""
-        self._stop.check()
-        if self._interval_s:
+        async with self._queue:
+            self._stop.check()
+            while (wait_s := self._wait_s(time.monotonic())) > 0:
+                await self._stop.sleep(min(wait_s, LONGEST_NAP_S))
             now = time.monotonic()
-            mine = max(now, self._next)
-            self._next = mine + self._interval_s
-            if mine > now:
-                await self._stop.sleep(mine - now)
+            self._next = max(now, self._next) + max(self._interval_s, 1 / self._pace)
+            self._requests.take(1)
+            self._tokens.take(self._tokens_each)
+            return Ticket(now, self._tokens_each, (self._requests.taken, self._tokens.taken))
+
+    def learn(self, ticket: Ticket, limits: Mapping[str, Limit], tokens: int | None) -> None:
+        """Correct the pace by an answer: by its headers, and when it is a good one by the tokens that it took."""
+        now = time.monotonic()
+        if tokens is not None:
+            self._good.append(now)
+            self._tokens_each += (tokens - self._tokens_each) * (0.1 if self._tokens_each else 1)
+            self._tokens.take(tokens - ticket.tokens)
+            self._pace += self._raise * (now - self._raised_at)
+            self._raised_at = now
+        for bucket, unit, taken in zip((self._requests, self._tokens), UNITS, ticket.taken, strict=True):
+            if unit in limits:
+                bucket.learn(limits[unit], ticket.sent_at, taken, now)
+
+    def pause(self, ticket: Ticket, retry_after_s: float) -> None:
+        """Let nobody send before the server wants, and slow all down, once for all requests that met the same limit."""
+        now = time.monotonic()
+        self._not_before = max(self._not_before, now + retry_after_s)
+        self._refused.append(now)
+        good, refused = ([at for at in times if at > now - STEADY_S] for times in (self._good, self._refused))
+        many = len(refused) > FEW_REFUSED * (len(good) + len(refused))
+        if many and len(good) > 1 and ticket.sent_at >= self._slowed_at:
+            self._slowed_at = self._raised_at = now
+            self._pace = min(self._pace, SLOWER * len(good) / (now - good[0]))
+            self._raise = REGAINED * self._pace
+
+    def _wait_s(self, now: float) -> float:
+        return max(
+            self._next - now,
+            self._not_before - now,
+            self._requests.wait_s(1, now),
+            self._tokens.wait_s(self._tokens_each, now),
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- Ask
@@ -2297,11 +2447,14 @@ class Asker:
         """Ask once; once more for each parameter that the server rejects, of which there are only so many."""
         while True:
             sent = self._parameters
-            await self._throttle.turn()
+            ticket = await self._throttle.turn()
             log.debug("%s: asking, %d KB", printable(question.path), len(question.image) // 1000)
             question.attempts += 1
             body = build_request(self._settings.model, question.prompt, sent, budget, question.image)
-            answer = self._without_key(await self._post(body))
+            received, headers = await self._post(body)
+            answer = self._without_key(received)
+            tokens = answer.usage.prompt + answer.usage.answer if isinstance(answer, Reply) else None
+            self._throttle.learn(ticket, parse_limits(headers, datetime.now(UTC)), tokens)
             if isinstance(answer, Reply):
                 self._proven = True
                 self.usage += answer.usage
@@ -2309,13 +2462,19 @@ class Asker:
                 return judge_reply(answer, tags=self._tags)
             changed = adapt_parameters(sent, answer)
             if changed is None:
-                raise judge_error(answer, datetime.now(UTC), first=not self._proven)
+                error = judge_error(answer, datetime.now(UTC), first=not self._proven)
+                if answer.status == 429 and isinstance(error, TryAgain):
+                    self._throttle.pause(ticket, answer.retry_after_s)
+                raise error
             if self._parameters is sent:  # else another worker has learnt it meanwhile
                 self._parameters = changed
                 self._log_change(sent, changed, answer.message)
 
-    async def _post(self, body: bytes) -> Reply | ErrorReply:
-        """Send one request and return what came back, in whichever shape; raises TryAgain on a torn answer."""
+    async def _post(self, body: bytes) -> tuple[Reply | ErrorReply, Mapping[str, str]]:
+        """Send one request and return what came back, in whichever shape, and its headers.
+
+        Raises TryAgain on a torn answer.
+        """
         import asyncio
 
         import aiohttp
@@ -2326,18 +2485,19 @@ class Asker:
                 response = await self._client.post(
                     "/chat/completions", cast_to=openai.HttpxBinaryResponseContent, content=body
                 )
-                return parse_reply(
-                    response.content.decode("utf-8-sig", "replace")
-                )  # JSON is UTF-8, whatever a header says
+                # JSON is UTF-8, whatever a header says
+                text = response.content.decode("utf-8-sig", "replace")
+                return parse_reply(text), response.response.headers
         except openai.APIStatusError as error:
-            wait_s = parse_retry_after(error.response.headers, datetime.now(UTC))
-            return parse_error(error.status_code, error.response.content.decode("utf-8-sig", "replace"), wait_s)
+            headers, text = error.response.headers, error.response.content.decode("utf-8-sig", "replace")
+            return parse_error(error.status_code, text, parse_retry_after(headers, datetime.now(UTC))), headers
         except (openai.APIConnectionError, aiohttp.ClientError) as error:  # the SDK passes on some of the latter
-            return describe_broken_connection(error, self._settings.host)
+            failed = describe_broken_connection(error, self._settings.host)
         except TimeoutError:
-            return ErrorReply(0, f"no answer within {self._settings.timeout:g} s (GETCAP_TIMEOUT)")
+            failed = ErrorReply(0, f"no answer within {self._settings.timeout:g} s (GETCAP_TIMEOUT)")
         except (ValueError, TypeError) as error:  # an address or header that cannot be sent
-            return ErrorReply(0, f"cannot ask {self._settings.host}: {shorten(str(error), 120)}", "unreachable")
+            failed = ErrorReply(0, f"cannot ask {self._settings.host}: {shorten(str(error), 120)}", "unreachable")
+        return failed, {}
 
     def _without_key(self, answer: Reply | ErrorReply) -> Reply | ErrorReply:
         """Return an answer without the key, which some servers repeat in their errors."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed and memory of gen-captions.py, each figure beside an ideal or a baseline of the same run.
 
-    python benchmarks/bench.py [throughput] [photos] [done] [help] [fix]
+    python benchmarks/bench.py [throughput] [photos] [done] [help] [fix] [pace]
 
 Linux only (it reads the kernel's account of each finished process). The server is tests/vision_server.py on the same
 processors, so ratios count, not absolute figures.
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -88,16 +89,23 @@ class Server:
         self.process.terminate()
         self.process.wait()
 
-    def reset(self) -> None:
+    def put(self, address: str, **fields: Any) -> None:
+        """Send a request to one of the server's own addresses."""
+        url = self.url.removesuffix("/v1") + address
+        urllib.request.urlopen(urllib.request.Request(url, json.dumps(fields).encode(), method="PUT")).close()
+
+    def reset(self, **script: Any) -> None:
         """Count from zero."""
-        script = json.dumps({"latency": self.latency, "check": False}).encode()
-        address = self.url.removesuffix("/v1") + "/script"
-        urllib.request.urlopen(urllib.request.Request(address, script, method="PUT")).close()
+        self.put("/script", **{"latency": self.latency, "check": False, **script})
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was seen since then."""
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/stats") as response:
+            return dict(json.load(response))
 
     def rate(self) -> float:
         """Return the requests a second between the first and the last tenth of them, so that start-up is left out."""
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/stats") as response:
-            arrivals: list[float] = json.load(response)["arrivals"]
+        arrivals: list[float] = self.stats()["arrivals"]
         first, last = len(arrivals) // 10, len(arrivals) * 9 // 10
         return (last - first) / (arrivals[last] - arrivals[first])
 
@@ -205,6 +213,41 @@ def help(_folder: Path) -> dict[str, Any]:
     return {"--help ms": round(1000 * shown.wall_s), "import argparse, asyncio ms": round(1000 * empty.wall_s)}
 
 
+def pace(folder: Path) -> dict[str, Any]:
+    """1,000 images, 100 workers, limits that the tool is not told of; lost images, refused requests, share of the rate.
+
+    (a) 3,000 requests a minute; (b) 3,660,000 tokens a minute, which bind first at 50 requests a second; (c) 3,000
+    requests, halved after 6 s and whole again after 14 s; (d) no limit, every fifth request fails in one of seven ways.
+    """
+    images = fill(folder / "images", 1000, jpeg((64, 48), 60))
+    found: dict[str, Any] = {}
+    scripts: dict[str, dict[str, Any]] = {
+        "a": {"requests_per_minute": 3000},
+        "b": {"requests_per_minute": 6000, "tokens_per_minute": 3_660_000},
+        "c": {"requests_per_minute": 3000},
+        "d": {"faults": 0.2},
+    }
+    command = [*TOOL, "--thread-pool", "100", "--image-dir", str(images), "--caption-dir", str(folder / "out")]
+    for name, script in scripts.items():
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        with Server(0.2) as server:
+            server.reset(**script)
+            changes = [threading.Timer(6, server.put, ["/limits"], {"requests": 1500})] if name == "c" else []
+            changes += [threading.Timer(14, server.put, ["/limits"], {"requests": 3000})] if name == "c" else []
+            for change in changes:
+                change.start()
+            measure(command, OPENAI_BASE_URL=server.url)
+            stats = server.stats()
+        took = stats["arrivals"][-1] - stats["arrivals"][0]
+        allowed = 50 + 50 * took - (25 * 8 if name == "c" else 0)  # each limit begins with a second's worth
+        found[name] = {
+            "lost": 1000 - len(list((folder / "out").glob("*.txt"))),
+            "refused": stats["statuses"].get("429", 0),
+            "s": round(took, 1),
+        } | ({} if name == "d" else {"share of the allowed rate": round(1000 / allowed, 3)})
+    return found
+
+
 PLAIN_LOOP = """
 import os, sys
 for entry in sorted(os.scandir(sys.argv[1]), key=lambda entry: entry.name):
@@ -244,8 +287,8 @@ def fix(folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Run the benchmarks named, or all, and print a line of JSON for each."""
-    names = sys.argv[1:] or ["throughput", "photos", "done", "help", "fix"]
-    for benchmark in (throughput, photos, done, help, fix):
+    names = sys.argv[1:] or ["throughput", "photos", "done", "help", "fix", "pace"]
+    for benchmark in (throughput, photos, done, help, fix, pace):
         if benchmark.__name__ in names:
             with tempfile.TemporaryDirectory() as folder:
                 print(json.dumps({"benchmark": benchmark.__name__, **benchmark(Path(folder))}), flush=True)

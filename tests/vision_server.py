@@ -9,6 +9,7 @@ stand-in: a sentence about the image's size and main colour, no caption. Tests a
 while it runs by requests to two addresses of its own:
 
     PUT /script   what the next requests meet; starts the counts anew (see Script)
+    PUT /limits   other limits a minute, by unit; the counts go on
     GET /stats    what was seen so far (see Stats)
 
 A step of the script is a JSON object; all its keys are optional:
@@ -38,6 +39,7 @@ from aiohttp import web
 from PIL import Image
 
 FAULTS = ("429", "500", "503", "reset", "slow", "cut", "no choices")
+USAGE = {"prompt_tokens": 1200, "completion_tokens": 20, "total_tokens": 1220}
 COLOURS = {
     "black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128), "red": (200, 40, 40),
     "green": (40, 160, 40), "blue": (40, 60, 200), "yellow": (220, 210, 50), "brown": (130, 90, 50),
@@ -58,6 +60,7 @@ class Script:
     )  # parameter: the body of a 400 for requests with it
     model: str = ""  # the only model there is
     requests_per_minute: float = 0.0  # the x-ratelimit headers tell; over it there is a 429 with Retry-After
+    tokens_per_minute: float = 0.0  # the same, counted by the usage of each answer
     check: bool = True  # whether images are decoded
 
 
@@ -78,28 +81,31 @@ class Stats:
 class Bucket:
     """A rate limit as OpenAI keeps it: refilled steadily, a minute's worth at most."""
 
-    def __init__(self, per_minute: float) -> None:
+    def __init__(self, unit: str, per_minute: float) -> None:
+        self.unit = unit
         self.per_minute = per_minute
         self.left = per_minute / 60  # one second's worth: the limit shows from the start
         self.at = time.monotonic()
 
-    def take(self) -> float:
-        """Take one request; return 0, or the seconds until there is one."""
+    def refill(self) -> None:
+        """Add what has come back since the last look."""
         now = time.monotonic()
         self.left = min(self.per_minute, self.left + (now - self.at) * self.per_minute / 60)
         self.at = now
-        if self.left < 1:
-            return (1 - self.left) * 60 / self.per_minute
-        self.left -= 1
-        return 0.0
+
+    def wait_s(self, cost: float) -> float:
+        """Return the seconds until there is room for this cost."""
+        self.refill()
+        return max(0.0, (cost - self.left) * 60 / self.per_minute)
 
     def headers(self) -> dict[str, str]:
         """Return the x-ratelimit headers."""
+        self.refill()
         reset_ms = (self.per_minute - self.left) * 60_000 / self.per_minute
         return {
-            "x-ratelimit-limit-requests": f"{self.per_minute:.0f}",
-            "x-ratelimit-remaining-requests": f"{int(self.left)}",
-            "x-ratelimit-reset-requests": f"{reset_ms:.0f}ms",
+            f"x-ratelimit-limit-{self.unit}": f"{self.per_minute:.0f}",
+            f"x-ratelimit-remaining-{self.unit}": f"{max(0, int(self.left))}",
+            f"x-ratelimit-reset-{self.unit}": f"{reset_ms:.0f}ms",
         }
 
 
@@ -140,13 +146,22 @@ class VisionServer:
         self.stats = Stats()
         self.steps = iter(script.steps)
         self.random = random.Random(7)
-        self.bucket = Bucket(script.requests_per_minute) if script.requests_per_minute else None
+        limits = {"requests": script.requests_per_minute, "tokens": script.tokens_per_minute}
+        self.buckets = [Bucket(unit, per_minute) for unit, per_minute in limits.items() if per_minute]
         self.fault_kinds = itertools.cycle(FAULTS)
         self.started = time.monotonic()
 
     async def set_script(self, request: web.Request) -> web.Response:
         """PUT /script."""
         self.use(Script(**await request.json()))
+        return web.json_response({})
+
+    async def set_limits(self, request: web.Request) -> web.Response:
+        """PUT /limits: change the limits a minute, by unit, while all else goes on."""
+        limits = await request.json()
+        for bucket in self.buckets:
+            bucket.refill()
+            bucket.per_minute = limits.get(bucket.unit, bucket.per_minute)
         return web.json_response({})
 
     async def get_stats(self, _request: web.Request) -> web.Response:
@@ -195,11 +210,14 @@ class VisionServer:
         for parameter, error_body in script.rejects.items():
             if parameter in body and error_body.get("only", body[parameter]) == body[parameter]:
                 return web.json_response(error_body, status=400)
-        wait_s = self.bucket.take() if self.bucket else 0.0
-        if wait_s and self.bucket:
-            headers = {**self.bucket.headers(), "Retry-After": f"{wait_s:.3f}"}
+        costs = {"requests": 1, "tokens": USAGE["total_tokens"]}
+        wait_s = max((bucket.wait_s(costs[bucket.unit]) for bucket in self.buckets), default=0.0)
+        if wait_s:
             error = {"message": "Rate limit reached", "code": "rate_limit_exceeded"}
+            headers = {**self.limit_headers(), "Retry-After": f"{wait_s:.3f}"}
             return web.json_response({"error": error}, status=429, headers=headers)
+        for bucket in self.buckets:
+            bucket.left -= costs[bucket.unit]
         return None
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -224,8 +242,11 @@ class VisionServer:
                 self.stats.images = [*self.stats.images[-999:], seen]
             except Exception as error:  # whatever a broken image leads to is what we want to know
                 self.stats.wrong.append(f"{type(error).__name__}: {error}")
-        headers = self.bucket.headers() if self.bucket else {}
-        return web.json_response(self.completion(body, content, step), headers=headers)
+        return web.json_response(self.completion(body, content, step), headers=self.limit_headers())
+
+    def limit_headers(self) -> dict[str, str]:
+        """Return the x-ratelimit headers of all limits."""
+        return {name: value for bucket in self.buckets for name, value in bucket.headers().items()}
 
     def note(self, body: dict[str, Any]) -> None:
         """Keep a body for those who ask, its image left out."""
@@ -236,14 +257,13 @@ class VisionServer:
     def completion(self, body: dict[str, Any], content: str, step: dict[str, Any]) -> dict[str, Any]:
         """Return an ordinary answer, changed by the step."""
         message = {"role": "assistant", "content": step.get("content", content), **step.get("message", {})}
-        usage = {"prompt_tokens": 1200, "completion_tokens": 20, "total_tokens": 1220}
         return {
             "id": f"chatcmpl-{self.stats.requests}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": body.get("model"),
             "choices": [{"index": 0, "message": message, "finish_reason": step.get("finish_reason", "stop")}],
-            "usage": step.get("usage", usage),
+            "usage": step.get("usage", USAGE),
         }
 
     async def fail(self, request: web.Request, fault: str) -> web.StreamResponse:
@@ -273,6 +293,7 @@ def build_app(script: Script) -> web.Application:
     app = web.Application(client_max_size=1 << 30)
     app.router.add_post("/v1/chat/completions", server.complete)
     app.router.add_put("/script", server.set_script)
+    app.router.add_put("/limits", server.set_limits)
     app.router.add_get("/stats", server.get_stats)
     return app
 
