@@ -65,6 +65,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,7 +78,6 @@ from urllib.parse import urlsplit
 
 if TYPE_CHECKING:  # imported where they are needed, asyncio too: --help, -n and usage errors must not wait for them
     import asyncio
-    import zipfile
     from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
 
@@ -680,6 +680,17 @@ def is_abandoned(name: str, modified: float, now: float) -> bool:
     return int(owner[1]) == os.getpid() and now - modified > 2
 
 
+def remove_abandoned(folder: str, names: Iterable[str] | None = None) -> None:
+    """Remove the temporary files of dead runs from a folder, whose names may be known already."""
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder or ".") if names is None else names
+    for name in names or ():
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):  # another run may be quicker to clean up
+            if name.startswith(TEMPORARY) and is_abandoned(name, os.lstat(path).st_mtime, time.time()):
+                os.unlink(path)
+
+
 def prepare_folder(folder: str) -> str:
     """Make a caption folder ready: it exists, can be written to, and holds no temporary file of a dead run.
 
@@ -690,11 +701,7 @@ def prepare_folder(folder: str) -> str:
         names = os.listdir(folder)
     except OSError as error:
         return error.strerror or str(error)
-    for name in names:
-        path = os.path.join(folder, name)
-        with contextlib.suppress(OSError):  # another run may be quicker to clean up
-            if name.startswith(TEMPORARY) and is_abandoned(name, os.lstat(path).st_mtime, time.time()):
-                os.unlink(path)
+    remove_abandoned(folder, names)
     return "" if os.access(folder, os.W_OK | os.X_OK) else "may not be written to"
 
 
@@ -787,7 +794,7 @@ def write_caption(path: str, data: bytes, replaces: str = "") -> bool:
 
 STATE_FOLDER = ".gen-captions"  # trainers pass over it
 KEPT, UNDONE, RESTORED = "replaced", "undone", "restored"  # zips of originals, by what became of them
-INDEX = "index.json"
+INDEX = ".index.json"  # no kept file is called so: hidden names are passed over
 
 
 def fingerprint(*parts: Any) -> str:
@@ -823,6 +830,7 @@ class Journal:
         self._path = os.path.join(self.folder, "journal.jsonl")
         self._handle = -1
         self._lock = threading.Lock()
+        self._torn = False  # whether the last line may lack its end
 
     @functools.cached_property
     def history(self) -> dict[str, list[Entry]]:
@@ -865,8 +873,7 @@ class Journal:
                 log.debug("%s: cannot be locked", printable(self._path))
         size = os.fstat(self._handle).st_size
         os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
-        if size and os.read(self._handle, 1) != b"\n":  # a crash tore the last line
-            os.write(self._handle, b"\n")
+        self._torn = size > 0 and os.read(self._handle, 1) != b"\n"  # by a crash
 
     def append(self, caption: str, entry: Entry, **more: Any) -> None:
         """Write one entry, and what else is worth knowing of it, to the disk. Raises OSError."""
@@ -874,8 +881,11 @@ class Journal:
         line = {"time": now, "caption": self.name(caption), **more, **dataclasses.asdict(entry)}
         data = json.dumps(line).encode() + b"\n"
         with self._lock:
+            data = b"\n" * self._torn + data
+            self._torn = True
             while data:  # a full disk takes a part first
                 data = data[os.write(self._handle, data) :]
+            self._torn = False
         os.fsync(self._handle)
 
     def close(self) -> None:
@@ -898,11 +908,14 @@ def keep_originals(root: str, paths: Iterable[str], kind: str, stamp: str) -> st
     def fill(file: IO[bytes]) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in paths:
-                status = os.stat(path)
+                try:
+                    status, data = os.stat(path), Path(path).read_bytes()
+                except FileNotFoundError:  # whoever is to replace it will name it
+                    continue
                 name = os.path.relpath(path, root).replace(os.sep, "/")
                 member = zipfile.ZipInfo(name.encode("utf-8", "backslashreplace").decode())
-                archive.writestr(member, Path(path).read_bytes(), zipfile.ZIP_DEFLATED)
-                index.append([name, status.st_mtime_ns, stat.S_IMODE(status.st_mode)])
+                archive.writestr(member, data, zipfile.ZIP_DEFLATED)
+                index.append([name, status.st_mtime_ns, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid])
             archive.writestr(INDEX, json.dumps(index))
 
     target = os.path.join(root, STATE_FOLDER, f"{kind}-{stamp}.zip")
@@ -1113,8 +1126,7 @@ PROMPTS = {
 Write one caption for this image, for training an image generator: plain English prose, one paragraph, \
 at most {words} words, fewer for a simple image.
 Start with the main subject and its action. Continue with clothing or materials and their colours, other objects, \
-where things are, the setting, the lighting, the shot type and camera angle. End with the medium, such as photo, \
-drawing or 3D render.
+where things are, the setting, the lighting, the shot type and camera angle.{medium}
 Write definite facts, one exact word per colour, material and pose. Count up to five; beyond that write "many". \
 Left and right are the viewer's. Describe people by visible attributes. Copy large readable text exactly, in double \
 quotes. Skip whatever is unclear or absent.
@@ -1130,6 +1142,8 @@ Order: number and kind of subjects, clothing, pose, expression, framing, objects
 Tag only what is clearly visible.
 Output only the tags.""",
 }
+MEDIUM = " End with the medium, such as photo, drawing or 3D render."  # not where that must stay unsaid
+MEDIA = r"(?i)photo|draw|paint|illustrat|render|style|watercolo|\bart\b|anime|cartoon|sketch|comic"
 USUAL_WORDS = {"prose": 90, "short": 35, "tags": 60}  # what the prompts ask for; only --max-words is held to
 UNSAID = "Leave these unsaid, they are already known: {exclude}."
 PLACEHOLDERS = ("trigger", "name", "folder", "caption", "exclude")
@@ -1175,7 +1189,9 @@ def fill_prompt(recipe: Recipe, image: str, caption: str) -> str:
 
 def build_prompt(style: str, max_words: int | None, exclude: Sequence[str], own: str | None, source: str) -> str:
     """Return the prompt with its placeholders: the user's own or the style's, with the rules that it lacks."""
-    template = own or PROMPTS[style].replace("{words}", str(max_words or USUAL_WORDS[style]))
+    medium = "" if re.search(MEDIA, " ".join(exclude)) else MEDIUM
+    words = str(max_words or USUAL_WORDS[style])
+    template = own or PROMPTS[style].replace("{words}", words).replace("{medium}", medium)
     *lines, last = template.split("\n")
     rules = [f"Use at most {max_words} words."] if own and max_words else []
     rules += [UNSAID] if exclude and "exclude" not in placeholders(template, source) else []
@@ -1202,7 +1218,7 @@ def read_dataset(found: Mapping[str, Any], inherited: Any, file: str, name: str,
     word = found.get("trigger_word")
     path = found.get("dataset_path") or found.get("folder_path")
     old_ext = found.get("caption_type")  # wins, and gets no dot
-    ext = text("caption_ext", found.get("caption_ext") or "txt")
+    ext = text("caption_ext", found.get("caption_ext")) or "txt"
     if old_ext is not None:
         ext = text("caption_type", old_ext)
         if not ext.startswith("."):
@@ -1311,14 +1327,17 @@ def decide_trigger(word: str | None, matching: Sequence[Dataset], datasets: Sequ
     if word:
         return Trigger(word, "" if word == TRAINERS_MARK else word, "--trigger or GETCAP_TRIGGER")
     job = next((item for item in matching or datasets if item.trigger and not item.is_reg), None)
-    return Trigger(TRAINERS_MARK, job.trigger, f"{job.file}, trigger_word {job.trigger}") if job else Trigger()
+    if job is None:
+        return Trigger()
+    elsewhere = "" if matching else "; no job file names these folders"
+    return Trigger(TRAINERS_MARK, job.trigger, f"{job.file}, trigger_word {job.trigger}{elsewhere}")
 
 
 def remark_on_trigger(trigger: Trigger, matching: Sequence[Dataset]) -> list[str]:
     """Return what the trainer of the job files would do to captions that open with the user's word."""
     if trigger.put in {"", TRAINERS_MARK}:
         return []
-    remarks = []
+    remarks: list[str] = []
     for item in matching:
         if item.trigger and item.trigger not in trigger.put:
             same = item.trigger.casefold() == trigger.put.casefold()
@@ -1335,7 +1354,9 @@ def decide_extension(ext: str | None, matching: Sequence[Dataset]) -> tuple[str,
     found = {item.caption_ext.removeprefix("."): item.file for item in matching}
     if len(found) > 1:
         said = " and ".join(f"{file} says {ext}" for ext, file in found.items())
-        raise SettingsError(f"GETCAP_CAPTION_EXT: is not set, and {said}; set it to the one that is meant")
+        raise SettingsError(
+            f"--caption-ext (GETCAP_CAPTION_EXT): is not set, and {said}; set it to the one that is meant"
+        )
     for name, file in found.items():
         return parse_value(f"{file}: caption_ext (GETCAP_CAPTION_EXT would win)", EXTENSION, name), file
     return "txt", "the default"
@@ -1356,7 +1377,8 @@ def choose_prompt(settings: Settings) -> tuple[str | None, str]:
     if settings.prompt is not None:
         source = "--prompt or GETCAP_PROMPT"
         return settings.prompt, f"{source}, not prompt.txt" if from_file else source
-    return from_file, "prompt.txt" if from_file else f"built in, {settings.style}"
+    own = printable(str(settings.config_dir / "prompt.txt")) if from_file and settings.config_dir else ""
+    return from_file, own or f"built in, {settings.style}"
 
 
 def remark_on_places(settings: Settings, matching: Sequence[Dataset]) -> list[str]:
@@ -2047,6 +2069,15 @@ AFTER_NAME = (
 NEW_SUBJECT = r"(?i)(?:an?|the|two|three|four|five|many|several) "
 
 
+# a trigger that is one of these names nothing by itself: "a cat" is a cat, unless the prompt calls it so
+ORDINARY = (
+    r"man|woman|person|people|boy|girl|child|baby|face|hair|eye|eyes|hand|body|portrait|photo|picture|image"
+    r"|painting|drawing|illustration|style|art|anime|cartoon|sketch|cat|dog|horse|bird|animal|car|house|building"
+    r"|room|street|tree|flower|water|sea|sky|mountain|light|shadow|red|green|blue|yellow|black|white|brown|grey"
+    r"|gray|pink|purple|orange|gold|silver|small|large|old|young|dress|shirt|coat|hat"
+)
+
+
 def split_text(text: str, end: str) -> list[str]:
     """Return the pieces of a text, each with the end that a pattern finds; what is quoted is never split."""
     masked = re.sub(QUOTED, lambda match: "x" * len(match[0]), text)
@@ -2109,25 +2140,35 @@ def tidy_mentions(text: str, mention: str) -> str:
     return " ".join(text.split())
 
 
-def strip_trigger(text: str, trigger: Trigger, *, told: bool) -> tuple[str, str]:
-    """Return a caption without its trigger, and what shall stand between the two.
+def is_ordinary(word: str) -> bool:
+    """Return whether captions use this word for other things than a trigger."""
+    return bool(re.fullmatch(ORDINARY, word.casefold()))
 
-    `told` says that the prompt named the word: else the model cannot have meant it, and "a cat" is a cat.
-    """
+
+def is_meant(trigger: Trigger, *, told: bool) -> bool:
+    """Return whether the trigger's word in a sentence means the trigger: an ordinary word must have been asked for."""
+    return told or not is_ordinary(trigger.word)
+
+
+def strip_trigger(text: str, trigger: Trigger, *, told: bool) -> tuple[str, str]:
+    """Return a caption without its trigger, and what shall stand between the two; see place_trigger for `told`."""
     # a comma of ours would be left behind where ai-toolkit deletes its mark
     between = " " if trigger.put == TRAINERS_MARK else ", "
     opening = rf"(?:(?i:an?|the) )?{find_mention(trigger, word=True)}(\s*[,:;.–—-]+[\"”’'*]*\s*|\s+|$)"
     while match := re.match(opening, text):
         text = text[match.end() :]
         between = between if match[1].strip() or re.match(NEW_SUBJECT, text) else " "  # "ohwx stands", "ohwx a man"
-    return tidy_mentions(text, find_mention(trigger, word=told)), between
+    return tidy_mentions(text, find_mention(trigger, word=is_meant(trigger, told=told))), between
 
 
 def place_trigger(text: str, recipe: Recipe, *, told: bool) -> str:
-    """Return a caption that opens with the trigger exactly once; blank when there was nothing but the trigger."""
+    """Return a caption that opens with the trigger exactly once; blank when there was nothing but the trigger.
+
+    `told` says that the prompt named the trigger's word.
+    """
     trigger = recipe.trigger
     if recipe.style == "tags":
-        mention = find_mention(trigger, word=told)
+        mention = find_mention(trigger, word=is_meant(trigger, told=told))
         bare = tidy_tags(re.sub(rf"\s*{mention}", "", text))
         first = rf"{find_mention(trigger, word=True)}(?:, |$)"
         between, bare = ", ", re.sub(rf"^{first}", "", bare)
@@ -2559,7 +2600,7 @@ MOST_FAILURES_IN_A_ROW = 10
 class Report:
     """What became of each image, or of each text: owns the counts, the summary and the exit code."""
 
-    def __init__(self, started: float, stream: IO[str] | None = None, *, of_repairs: bool = False) -> None:
+    def __init__(self, started: float, stream: IO[str] | None = None, *, repairs: str = "") -> None:
         self.written = 0
         self.repaired: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
@@ -2572,7 +2613,7 @@ class Report:
         self._in_a_row: deque[str] = deque(maxlen=MOST_FAILURES_IN_A_ROW)  # reasons
         self._started = started
         self._stream = stream
-        self._of_repairs = of_repairs
+        self._repairs = repairs  # what is done to texts, when this is a report of those
 
     def record(self, outcome: Outcome) -> None:
         """Count one outcome, and write it to the report file; what failed is said at once, with what to do about it."""
@@ -2612,18 +2653,18 @@ class Report:
     def tally(self, seconds: float) -> str:
         """Return the counts as one line."""
         reasons = Counter(failure.reason for failure in self.failed)
-        counts = {"repaired": self.repaired} if self._of_repairs else {}
+        counts = {self._repairs: self.repaired} if self._repairs else {}
         counts |= {"skipped": self.skipped, "failed": reasons}
         counts |= {"to look at": self.noted} if self.noted else {}
-        parts = [] if self._of_repairs else [f"captioned {self.written:,}"]
+        parts = [] if self._repairs else [f"captioned {self.written:,}"]
         for word, count in counts.items():
             listed = ", ".join(f"{reason} {n:,}" for reason, n in count.most_common())
             parts.append(f"{word} {count.total():,}" + (f" ({listed})" if listed else ""))
         if self.left:
             parts.append(f"left for the next run {self.left:,}")
-        done = self.skipped.total() + self.repaired.total() if self._of_repairs else self.written
+        done = self.skipped.total() + self.repaired.total() if self._repairs else self.written
         rate = f"{seconds:.1f} s, {done / seconds if seconds else 0:,.1f} a second"
-        tokens = "" if self._of_repairs else f" {self.usage.prompt:,} tokens in, {self.usage.answer:,} out;"
+        tokens = "" if self._repairs else f" {self.usage.prompt:,} tokens in, {self.usage.answer:,} out;"
         said = f"{', '.join(parts)};{tokens} {rate}"
         return said[0].upper() + said[1:]
 
@@ -2713,8 +2754,13 @@ C1_IN_DISGUISE = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) fo
 # UTF-8 that was read as cp1252 or Latin-1: a first byte, and as many more as it asks for. Only a text with such a run
 # is shown to ftfy, for which each "Ã " is damage.
 MORE = "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
-WORD_ENDS = r"[”»›–—](?!\w)"  # after capitals that is healthy: “AMANHÃ”, “FJÖRÐ”
-MOJIBAKE = f"[Â-ß](?:(?!{WORD_ENDS}){MORE}|(?<=[a-zß-ÿ].){WORD_ENDS})|[à-ï]{MORE}{{2}}|[ð-ô]{MORE}{{3}}"
+# These follow a capital in healthy text too: “AMANHÃ”, IRMÃ®, CAFÉ³, 10 Å², Ø½. They take a small letter before it, or
+# an Â or Ã that begins a word, which is no word.
+QUOTES_AFTER, SIGNS_AFTER = "“”‘’«»‹›–—…", "™®©¹²³¼½¾±ºª§¶•·°¡¿\xa0"
+MOJIBAKE = (
+    f"[Â-Þ](?:(?![{QUOTES_AFTER}{SIGNS_AFTER}]){MORE}|(?<=[a-zß-ÿ].)[{QUOTES_AFTER}{SIGNS_AFTER}]"
+    f"|(?<![^\\W\\d_].)(?<=[ÂÃ])[{SIGNS_AFTER}])|[à-ï]{MORE}{{2}}|[ð-ô]{MORE}{{3}}"
+)
 # what any damage begins with: with one class at its front, re skips the rest quickly
 SUSPICION = f"[\x80-\x9fÂ-ô](?:(?<=[\x80-\x9f])|(?={MORE}))"
 
@@ -2754,14 +2800,14 @@ DAILY = {
 MARKS = "‘’“”„‚«»‹›¡¿–—…•·€£¥§©®™°²³½¼¾×±ºª´№\xa0"
 MISPLACED = (  # marks where none stands, capitals after small letters, two scripts in a word
     r"[^\W\d_](?:[€£¥§©½¼¾±×¿¡„‚‹]|[“”«»®™°²³ºª•][^\W\d_])|[×±][^\W\d_]|©[a-zß-ÿ]|[€£¥§©®™°²³½¼¾×±ºª·•´]{2}|«{2}|»{2}"
-    r"|[¿¡„‚‹](?![\w“‘«\"'(])|¿(?![^?]*\?)|¡(?![^!]*!)|(?<![\dcmt])[²³]"
+    r"|[¿¡„‚‹](?![\w“‘«\"'(])|¿(?![^?]{0,300}\?)|¡(?![^!]{0,300}!)|(?<!\d)[¼½¾]\w{4}|(?<![\dcmt])[²³]"
     r"|[a-zß-öø-ÿąćęłńœšśźżžа-џά-ώ][À-ÖØ-ÞŒŠŽА-ЯЁ-ЏΆ-Ϋ]|[А-ЯЁ-Џ]{2}[а-џ]|(?i:[a-z])[Ͱ-ӿ]|[Ͱ-ӿ](?i:[a-z])"
 )
 NOT_WESTERN = (  # what other languages' letters become in cp1252, where no Western language has them
     r"(?<!\w)(?![þÞ])[À-ÖØ-öø-ÿœŒ]{2,}(?!\w)"  # Russian: ïðèâåò
     r"|[aeoy]æ|iæ(?!r)|ê[dgkzjwhoayæ]|[it]ê[cp]|ñ(?![aeiouyáéíóúü])|œ(?!u|il|[tds]|no)"  # Polish ć ę ń ś
     r"|è[aeiouyáéíóúýkjhz]|ì\w|[kljvz]ù|[aou]ø"  # Czech č ě ů ř
-    r"|õ(?!e)|[ytznkvg]û"  # Hungarian ő ű
+    r"|(?i:õ(?!e)|[ytznkvg]û)"  # Hungarian ő ű
     r"|(?is:\A(?=.*[ðýþ])(?!.*[áéíóúæ]))"  # Turkish ğ ı ş
     r"|ã(?!o|e|s?\b)|[^\Wçmlhrfsv]ã\b|ç[^\Waouàáâãòóôõùúå]"  # Romanian ă, Latvian ē
 )
@@ -2866,8 +2912,14 @@ def decode_legacy(data: bytes, kind: str = "") -> Decoding:
         return repair(text, kind, "stray bytes")
     readings = vote(data)
     evidence, codec, best = readings[0] if readings else ((0, 0.0), "", "")
-    if evidence[0] and all(text == best or weight < evidence for weight, _, text in readings):
-        return repair(best, kind, NAMES.get(codec, codec))
+    rivals = [
+        weight
+        for weight, other, text in readings
+        if text != best and (weight >= evidence or (weight[1] >= evidence[1] and is_caps(text, other)))
+    ]
+    if evidence[0] and not rivals and (text := decode(data, codec)):
+        return repair(text, kind, NAMES.get(codec, codec))
+    readings.sort(key=lambda reading: is_caps(reading[2], reading[1]), reverse=True)
     texts = {text: codec for _, codec, text in reversed(readings)}
     guesses = tuple((codec, text) for text, codec in reversed(texts.items()))[:2]
     return Decoding("unclear", guesses=guesses, why="the bytes fit more than one encoding, or none well")
@@ -2899,9 +2951,11 @@ def read_strays(data: bytes) -> str | None:
 
 
 def vote(data: bytes) -> list[Reading]:
-    """Return charset-normalizer's readings that give the same bytes again, the best first."""
+    """Return charset-normalizer's readings of the beginning that give the same bytes again, the best first."""
     from charset_normalizer import from_bytes
 
+    sample = re.match(rb"(?s).{1,65536}(?![^ \n])|.{1,65536}", data)  # to a blank: no second byte of a sign is one
+    data = sample[0] if sample else data
     matches = from_bytes(data, cp_isolation=VOTERS, preemptive_behaviour=False, enable_fallback=False)
     texts = ((match.coherence, match.encoding, decode(data, match.encoding)) for match in matches)
     readings = [((telling(text, codec), language), codec, text) for language, codec, text in texts if text is not None]
@@ -2915,6 +2969,11 @@ def telling(text: str, codec: str) -> int:
             special = "가" in letters or "ぁ" in letters
             return (1 + special) * (is_usual(text, codec) and ("ぁ" not in letters or bool(re.search("[ぁ-ヺ]", text))))
     return 0
+
+
+def is_caps(text: str, codec: str) -> bool:
+    """Return whether the text may be words in capitals; KOI8-R's small letters are cp1251's capitals, and so on."""
+    return not is_usual(text, codec) and telling(text.lower(), codec) > 0
 
 
 def is_usual(text: str, codec: str) -> bool:
@@ -2966,7 +3025,7 @@ def same_meaning(found: str, text: str, suffix: str) -> bool:
     return before is None or before == outline_file(text, suffix)
 
 
-def outline_file(text: str, suffix: str) -> Any:
+def outline_file(text: str, suffix: str) -> str | None:
     """Return the outline of what a file holds, None when it cannot be parsed or is of another kind."""
     import tomllib
 
@@ -2977,24 +3036,27 @@ def outline_file(text: str, suffix: str) -> Any:
         ".jsonl": lambda lines: [json.loads(line) for line in lines.split("\n") if line.strip()],
         ".toml": tomllib.loads,
     }
-    parsers[".yaml"] = parsers[".yml"] = lambda documents: list(yaml.safe_load_all(documents))
+    # all scalars as they are written: unknown tags are no obstacle
+    parsers[".yaml"] = parsers[".yml"] = lambda documents: list(yaml.load_all(documents, yaml.BaseLoader))
     try:
-        return outline(parsers[suffix.lower()](text))
+        return outline(parsers[suffix.lower()](text), {})
     except Exception:  # parsers raise whatever they stumble over
         return None
 
 
-def outline(value: Any) -> Any:
-    """Return a parsed value with only the ASCII characters of its strings: the rest may be repaired letters."""
-    match value:
-        case dict():
-            return [(outline(key), outline(each)) for key, each in value.items()]
-        case list():
-            return list(map(outline, value))
-        case str():
-            return "".join(re.findall("[!-~]", value))
-        case _:
-            return (type(value).__name__, repr(value))
+def outline(value: Any, seen: dict[int, str]) -> str:
+    """Return a parsed value's fingerprint, with only the ASCII characters of its strings: the rest may be repaired.
+
+    What YAML's aliases share is looked at once: a few lines can stand for billions.
+    """
+    if isinstance(value, str):
+        return fingerprint("".join(re.findall("[!-~]", value)))
+    if not isinstance(value, dict | list):
+        return fingerprint(type(value).__name__, repr(value))
+    if id(value) not in seen:
+        pairs = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
+        seen[id(value)] = fingerprint(type(value).__name__, *(outline(part, seen) for part in pairs))
+    return seen[id(value)]
 
 
 # -------------------------------------------------------------------------------------------------- Repair
@@ -3014,28 +3076,36 @@ class Damage:
     sha256: str
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or leads to one; a link that leads to itself does not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def walk_texts(roots: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Yield each text below the roots as (root, path), folder by folder, each folder sorted; no folder twice.
 
-    Hidden names are passed over. Raises OSError for a root; a folder below that cannot be read is yielded as a text.
+    Hidden names are passed over; a folder that cannot be read is yielded as if it were a text, to be named.
     """
     seen = set()
     for root in roots:
         waiting = [root]
         while waiting:
             folder = waiting.pop()
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
             try:
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
                 with os.scandir(folder) as entries:
                     found = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda e: e.name)
             except OSError:
                 yield root, folder
                 continue
             for entry in found:
-                if entry.is_dir():
+                if is_folder(entry):
                     waiting.append(entry.path)
                 elif entry.name.lower().endswith(suffixes):
                     yield root, entry.path
@@ -3094,7 +3164,9 @@ def describe_repair(data: bytes, found: Decoding) -> list[str]:
     """Return the changed passages of a file before and after, a line each; bytes that are no UTF-8 as \\x92."""
     before = found.found if decode_utf8(data) is None and b"\0" in data else data.decode("utf-8", "backslashreplace")
     pairs = find_passages(before.removeprefix("\ufeff"), found.text)
-    lines = [f"    {mark} {printable(text.strip())}" for pair in pairs for mark, text in zip("-+", pair, strict=True)]
+    lines = [
+        f"    {mark} {shorten(text, 5 * PASSAGE)}" for pair in pairs for mark, text in zip("-+", pair, strict=True)
+    ]
     return lines or [f"    = {shorten(found.text, 2 * PASSAGE)}"]
 
 
@@ -3126,6 +3198,7 @@ def find_damage(settings: Settings, roots: Sequence[str], report: Report) -> Ite
             else:
                 warn_of_link(path, roots)
                 if settings.dry_run:
+                    report.repaired[found.kind] += 1
                     print(f"{printable(path)}: {found.kind}", *describe_repair(data, found), sep="\n")
                 yield Damage(root, path, hashlib.sha256(data).hexdigest())
 
@@ -3174,6 +3247,8 @@ def run_repair(settings: Settings, roots: Sequence[str], report: Report) -> None
         journal = Journal(root)
         try:
             journal.open()
+            for folder in {os.path.dirname(damage.path) for damage in here}:
+                remove_abandoned(folder)
             kept = keep_originals(root, [damage.path for damage in here], KEPT, stamp)
             for damage in here:
                 report.record(repair_file(damage, journal, settings.encoding))
@@ -3221,12 +3296,12 @@ class Twins:
     def __init__(self, journal: Journal, recipe: Recipe, prompt: str) -> None:
         self._asking: dict[str, asyncio.Event] = {}
         self._known: dict[str, tuple[str, str] | FailImage] = {}  # the caption's path and SHA-256, or the refusal
-        self._texts: dict[str, str] = {}  # the first image with a caption, by its SHA-256
+        self._texts: dict[str, str] = {}  # the first caption file with a text, by its SHA-256
         for name, past in journal.history.items():
             last = past[-1]
             if (last.outcome, last.recipe, last.trigger) == ("captioned", recipe.identity, recipe.trigger.put):
                 self._known[fingerprint(last.image_sha256, prompt)] = journal.path(name), last.caption_sha256
-                self._texts[last.caption_sha256] = name
+                self._texts[last.caption_sha256] = journal.path(name)
 
     async def find(self, key: str) -> str:
         """Return the caption of an image with the same bytes and prompt, blank when the caller is the one to ask.
@@ -3253,10 +3328,10 @@ class Twins:
         if flight := self._asking.pop(key, None):
             flight.set()
 
-    def first_with(self, caption_sha256: str, image: str) -> str:
-        """Return the other image that was given this caption before, blank when there is none."""
-        first = self._texts.setdefault(caption_sha256, image)
-        return "" if first == image else first
+    def first_with(self, caption_sha256: str, caption: str) -> str:
+        """Return the other caption file that was given this text before, blank when there is none."""
+        first = self._texts.setdefault(caption_sha256, caption)
+        return "" if first == caption else first
 
 
 class Captioner:
@@ -3402,7 +3477,7 @@ class Captioner:
         log.debug("%s: %s", printable(job.image), text)
         if not written:
             return Skipped(job.image, "edited by now" if job.replaces else "has a caption by now", job.caption)
-        if question and (other := self._twins.first_with(entry.caption_sha256, job.image)):
+        if question and (other := self._twins.first_with(entry.caption_sha256, job.caption)):
             notes = [*notes, ("same answer", f"word for word that of {printable(other)}")]
         return Written(job, text, tuple(notes))
 
@@ -3539,7 +3614,8 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
     journal = Journal(root)
     jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), settings.limit, report)
     if not jobs:
-        log.info("nothing to caption below %s", printable(str(image_dir)))
+        nothing = "nothing to caption" if report.recorded else "no images"
+        log.info("%s below %s", nothing, printable(str(image_dir)))
         return
     try:
         ready = prepare_run(jobs, root, journal, report)
@@ -3560,9 +3636,11 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
 def log_remarks(settings: Settings, recipe: Recipe) -> None:
     """Say once what is worth knowing about the settings before anything is sent."""
     if settings.config_dir and not settings.config_dir.exists():
-        log.info("%s: does not exist; nothing is read from it", printable(str(settings.config_dir)))
+        log.warning("%s: does not exist; nothing is read from it", printable(str(settings.config_dir)))
     for remark in recipe.remarks:
         log.warning("%s", remark)
+    if is_ordinary(word := recipe.trigger.word):
+        log.warning("the trigger %s is an ordinary word; captions use it for other things too", word)
     if settings.base_url.startswith("http://") and not is_this_machine(settings.base_url):
         log.warning("OPENAI_BASE_URL is plain http: the key and the images can be read on the way to %s", settings.host)
 
@@ -3580,6 +3658,8 @@ def show_plan(settings: Settings) -> int:
     image_dir = check_folders(settings)
     recipe = read_recipe(settings, os.environ)
     log_remarks(settings, recipe)
+    if settings.metadata:
+        check_metadata(settings.metadata)
     print("\n".join(describe_recipe(recipe)))
     counts = dict.fromkeys(("to caption", "skipped", "left by --limit", "cannot be captioned"), 0)
     for item in plan_run(settings, image_dir, recipe, Journal(settings.caption_dir or image_dir)):
@@ -3594,7 +3674,8 @@ def show_plan(settings: Settings) -> int:
                 kind, said = "cannot be captioned", f"{reason}: {detail}"
         counts[kind] += 1
         print(f"{printable(path)}: {said}")
-    print(", ".join(f"{kind} {number:,}" for kind, number in counts.items()).capitalize())
+    totals = [f"{kind} {number:,}" for kind, number in counts.items() if number or kind == "to caption"]
+    print(", ".join(totals).capitalize())
     return int(counts["cannot be captioned"] > 0)
 
 
@@ -3651,79 +3732,95 @@ def write_metadata(target: str, pairs: Iterable[Skipped], report: Report) -> Non
         log.info("all captions are in %s too", printable(target))
 
 
-def plan_undo(journal: Journal, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any, str]]:
-    """Yield each file of a zip of originals: its path, its place in the zip, and what becomes of it."""
-    for number, (name, changed_ns, mode) in enumerate(json.loads(archive.read(INDEX))):
-        path = journal.path(name)
-        now = hash_file(path) if os.path.exists(path) else ""
-        original = hashlib.sha256(archive.read(archive.infolist()[number])).hexdigest()
-        if now == original:
-            state = "is as it was"
-        elif now and all(entry.caption_sha256 != now for entry in journal.past(path)):
-            state = "edited since, left alone"
-        else:
-            state = "put back"
-        yield path, (number, changed_ns, mode), state
+PUT_BACK = "put back"
 
 
-def put_back(archive: zipfile.ZipFile, path: str, place: tuple[int, int, int]) -> None:
-    """Put one original back with its times and permissions. Raises OSError."""
-    number, changed_ns, mode = place
-    data = archive.read(archive.infolist()[number])
+def judge_original(path: str, original: bytes, journal: Journal) -> str:
+    """Return what is to become of a file whose original is kept, `PUT_BACK` or why it is left alone. Raises OSError."""
+    if not os.path.lexists(path):
+        return PUT_BACK
+    if not os.path.isfile(path):
+        return "no file any more, left alone"
+    now = hash_file(path)
+    if now == hashlib.sha256(original).hexdigest():
+        return "is as it was"
+    return PUT_BACK if any(entry.caption_sha256 == now for entry in journal.past(path)) else "edited since, left alone"
 
-    def give_name(temporary: str, path: str) -> None:
+
+def put_back(path: str, data: bytes, changed_ns: int, mode: int, owner: tuple[int, int]) -> None:
+    """Put one original back with its time, permissions and owner. Raises OSError."""
+
+    def place(temporary: str, path: str) -> None:
         os.chmod(temporary, mode)
+        with contextlib.suppress(OSError, AttributeError):  # as in put_instead
+            os.chown(temporary, *owner)
         os.utime(temporary, ns=(changed_ns, changed_ns))
         os.replace(temporary, path)
 
-    write_whole(os.path.realpath(path), lambda file: file.write(data), give_name)
+    real = os.path.realpath(path)
+    os.makedirs(os.path.dirname(real), exist_ok=True)
+    remove_abandoned(os.path.dirname(real))
+    write_whole(real, lambda file: file.write(data), place)
 
 
-def undo_below(root: str, kept: str, dry_run: bool) -> None:
+def undo_below(root: str, kept: str, *, dry_run: bool) -> None:
     """Put back what a zip of originals holds, unless it was edited since, and say so for each file.
 
-    Raises OSError, BadZipFile, ValueError and StopRun; what is put back by then is whole.
+    Raises StopRun when not all could be done, and whatever a damaged zip leads to.
     """
     import zipfile
 
-    journal = Journal(root)
+    journal, failed = Journal(root), 0
+    states: Counter[str] = Counter()
     try:
         with zipfile.ZipFile(kept) as archive:
-            plan = list(plan_undo(journal, archive))
-            for path, _, state in plan:
-                print(f"{printable(path)}: {state}")
-            todo = [(path, place) for path, place, state in plan if state == "put back"]
+            index = json.loads(archive.read(INDEX))
             if not dry_run:
                 journal.open()
-                keep_originals(root, [path for path, _ in todo if os.path.exists(path)], UNDONE, new_stamp())
-                for path, place in todo:
-                    put_back(archive, path, place)
+                paths = filter(os.path.isfile, (journal.path(name) for name, *_ in index))
+                keep_originals(root, paths, UNDONE, new_stamp())
+            for member, (name, changed_ns, mode, *owner) in zip(archive.infolist(), index, strict=False):
+                path = journal.path(name)
+                try:
+                    data = archive.read(member)
+                    state = judge_original(path, data, journal)
+                    if state == PUT_BACK and not dry_run:
+                        put_back(path, data, changed_ns, mode, (owner[0], owner[1]))
+                except (OSError, zipfile.BadZipFile, zlib.error) as error:
+                    state, failed = f"not put back: {error}", failed + 1
+                states[state] += 1
+                print(f"{printable(path)}: {'would be ' if dry_run and state == PUT_BACK else ''}{state}")
+        if failed:
+            raise StopRun(f"{failed} files were not put back; mend that, then run --undo again")
         if not dry_run:
             os.rename(kept, os.path.join(journal.folder, os.path.basename(kept).replace(KEPT, RESTORED, 1)))
+            kept = kept.replace(f"{KEPT}-", f"{RESTORED}-")
     finally:
         journal.close()
-    print(f"{'Would put' if dry_run else 'Put'} back {len(todo):,} of {len(plan):,}: {printable(kept)}")
+    done = f"{'Would put' if dry_run else 'Put'} back {states[PUT_BACK]:,} of {states.total():,}"
+    print(f"{done}; all originals are in {printable(kept)}")
 
 
 def run_undo(settings: Settings) -> int:
     """Put back what the last run replaced in the caption folder and the config folder; return the exit code."""
-    import zipfile
-
-    roots = [str(path) for path in (settings.caption_dir or settings.image_dir, settings.config_dir) if path]
+    captions = "caption_dir" if settings.caption_dir else "image_dir"
+    roots = {name: path for name in (captions, "config_dir") if (path := getattr(settings, name))}
     if not roots:
         raise SettingsError(
             "--undo: name the folder with --caption-dir (or --image-dir, where that has the captions), --config-dir"
         )
-    kept = {root: newest_originals(root) for root in roots}
+    for name, path in roots.items():
+        check_folder(name, path)
+    kept = {str(path): newest_originals(str(path)) for path in roots.values()}
     last = max(map(os.path.basename, kept.values()))
     if not last:
-        print(f"{printable(', '.join(roots))}: there is nothing to put back")
+        print(f"{printable(', '.join(kept))}: there is nothing to put back")
     code = 0
     for root, path in kept.items():
         if last and os.path.basename(path) == last:  # one run names its zips alike
             try:
-                undo_below(root, path, settings.dry_run)
-            except (OSError, zipfile.BadZipFile, ValueError, StopRun) as error:
+                undo_below(root, path, dry_run=settings.dry_run)
+            except Exception as error:  # a damaged zip leads to whatever its parts lead to
                 code = 1
                 log.error("%s: not all was put back: %s", printable(path), error)  # noqa: TRY400
     return code
@@ -3764,7 +3861,8 @@ def check_command(settings: Settings) -> None:
 def report_on(settings: Settings, work: Callable[[Report], None]) -> int:
     """Do the work of a command that writes, print its summary, whatever happens, and return the exit code."""
     with open_report(settings.report) as stream:
-        report = Report(time.monotonic(), stream, of_repairs=settings.fix_encoding)
+        repairs = "to repair" if settings.dry_run else "repaired"
+        report = Report(time.monotonic(), stream, repairs=repairs if settings.fix_encoding else "")
         try:
             work(report)
         except KeyboardInterrupt as error:  # where nothing is waited for

@@ -292,7 +292,7 @@ def test_the_same_answer_for_two_different_images_names_both(
     make_image("b.jpg")
     server.script(then={"content": "A cat."})
     done = tool("--image-dir", "images", "--thread-pool", "1", "--report", "-")
-    assert "images/b.jpg: same answer: word for word that of images/a.jpg" in done.stderr.replace("\\", "/")
+    assert "images/b.jpg: same answer: word for word that of images/a.txt" in done.stderr.replace("\\", "/")
     assert json.loads(done.stdout.splitlines()[1])["notes"][0].startswith("same answer: word for word that of ")
     assert requests(server) == 2
 
@@ -316,7 +316,7 @@ def test_undo_puts_back_bytes_times_and_permissions(tool: Tool, server: Server, 
     before = snapshot(three)
     answers(server, "Second a.", "Second b.", "Second c.")
     tool(*AGAIN, "second")
-    assert "images/a.txt: put back" in undo(tool, "-n")
+    assert "images/a.txt: would be put back" in undo(tool, "-n")
     assert (three / "a.txt").read_bytes() == b"Second a.\n"
     assert "Put back 3 of 3" in undo(tool)
     assert snapshot(three) == before

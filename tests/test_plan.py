@@ -190,7 +190,7 @@ def test_an_unreadable_sub_folder_is_named_and_the_rest_goes_on(tmp_path: Path) 
 def test_a_folder_without_images_is_nothing_to_do(tool: Tool) -> None:
     (tool.folder / "images").mkdir()
     done = tool("--image-dir", "images")
-    assert "nothing to caption" in done.stderr
+    assert "no images below images" in done.stderr
 
 
 def test_dry_run_says_what_and_why_and_does_nothing(tool: Tool, make_image: ImageMaker, server: Server) -> None:

@@ -33,7 +33,7 @@ def test_the_built_in_prompt_serves_when_nothing_else_is_said(tmp_path: Path) ->
 
 def test_prompt_txt_comes_before_the_built_in_prompt(tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_bytes("\ufeff\r\nSay “what” you see.\r\n\r\n".encode())
-    assert prompt_of(tmp_path) == ("Say “what” you see.", "prompt.txt")
+    assert prompt_of(tmp_path) == ("Say “what” you see.", str(tmp_path / "prompt.txt"))
 
 
 def test_the_setting_comes_before_prompt_txt_and_says_so(tmp_path: Path) -> None:
@@ -215,6 +215,7 @@ def test_a_datasets_own_trigger_goes_before_that_of_its_process(
 def test_without_a_matching_dataset_any_job_file_with_a_trigger_counts(folders: tuple[Path, Path]) -> None:
     made = read(folders, job({"folder_path": "/data/dogs", "caption_ext": "caption"}))
     assert (made.trigger.put, made.caption_ext) == ("[trigger]", "txt")
+    assert made.trigger.source.endswith("no job file names these folders")
     assert read(folders, job(trigger="only_here")).trigger.word == "only_here"
 
 
@@ -362,7 +363,7 @@ def test_dry_run_prints_the_recipe_and_where_each_part_comes_from(tool: Tool, ma
         "Trigger: [trigger] (config/job.yaml, trigger_word ohwx)",
         "Caption extension: cap (config/job.yaml)",
         "Left unsaid: blue eyes (exclude.txt)",
-        "Prompt (prompt.txt):",
+        "Prompt (config/prompt.txt):",
         "    What is it?",
         "    Not {exclude}.",
         "    Use at most 40 words.",
@@ -406,6 +407,25 @@ def test_a_missing_config_folder_is_said_in_one_line_and_changes_nothing(
     make_image("a.jpg")
     assert tool("--image-dir", "images", "--config-dir", "nowhere").stderr.count("nowhere") == 1
     assert server.stats()["bodies"][0]["messages"][0]["content"][0]["text"] == recipe(None).prompt
+
+
+@pytest.mark.parametrize(("excluded", "asked"), [("blue eyes", True), ("watercolour\npainting", False)])
+def test_the_medium_is_asked_for_unless_it_must_stay_unsaid(tmp_path: Path, excluded: str, asked: bool) -> None:
+    (tmp_path / "exclude.txt").write_text(excluded, encoding="utf-8")
+    assert ("End with the medium" in recipe(tmp_path).prompt) == asked
+
+
+def test_an_extension_that_yaml_takes_for_no_word_is_explained(folders: tuple[Path, Path]) -> None:
+    made = read(
+        folders, f"job: x\nconfig: {{process: [{{datasets: [{{folder_path: {folders[0]}, caption_ext: no}}]}}]}}"
+    )
+    assert made.caption_ext == "txt"
+    assert "caption_ext: YAML reads it as yes or no (False); put it in quotes" in made.remarks[0]
+
+
+def test_a_trigger_that_is_an_ordinary_word_is_warned_about(tool: Tool) -> None:
+    (tool.folder / "images").mkdir()
+    assert "the trigger cat is an ordinary word" in tool("-n", "--image-dir", "images", "--trigger", "cat").stderr
 
 
 def test_broken_yaml_stops_before_anything_is_asked(tool: Tool, server: Server, make_image: ImageMaker) -> None:

@@ -116,7 +116,7 @@ def test_undo_restores_bytes_and_times_in_both_folders(tool: Tool) -> None:
     assert "the originals are in k/.gen-captions/replaced-" in err
     assert {name: snapshot(tool.folder / name) for name in ("c", "k")} != before
     out = tool("--undo", "--caption-dir", "c", "--config-dir", "k").stdout
-    assert out.count("Put back 2 of 2: ") == 2
+    assert out.count("Put back 2 of 2; all originals are in ") == 2
     assert {name: snapshot(tool.folder / name) for name in ("c", "k")} == before
 
 
@@ -153,7 +153,7 @@ def test_originals_are_in_one_zip_before_the_first_change(tool: Tool) -> None:
     fix(tool)
     (kept,) = (tool.folder / "c" / ".gen-captions").glob("*.zip")
     with zipfile.ZipFile(kept) as archive:
-        assert archive.namelist() == ["a.txt", "sub/é.txt", "index.json"]
+        assert archive.namelist() == ["a.txt", "sub/é.txt", ".index.json"]
         assert archive.read("sub/é.txt") == BROKEN
     assert list((tool.folder / "c").rglob(".gc-*")) == []
 

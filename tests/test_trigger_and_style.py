@@ -110,6 +110,11 @@ def test_a_word_of_the_users_own_is_written_out(said: str, written: str) -> None
     assert place(said, "ohwx") == written
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_made_up_word_means_the_trigger_whether_the_prompt_named_it_or_not(told: bool) -> None:
+    assert place("A photo of ohwx on a mat.", told=told) == "[trigger] a photo of the subject on a mat."
+
+
 def test_an_ordinary_word_that_the_prompt_did_not_name_is_left_in_the_sentence() -> None:
     assert place("A tabby cat sits on a cat tree.", word="cat", told=False) == (
         "[trigger] a tabby cat sits on a cat tree."
