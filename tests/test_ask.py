@@ -377,3 +377,30 @@ def test_every_image_arrives_whole_and_as_what_it_says(tool: Tool, server: Serve
     stats = server.stats()
     assert stats["wrong"] == []
     assert sorted(image[:3] for image in stats["images"]) == [["JPEG", 30, 20], *[["JPEG", 1024, 683]] * 7]
+
+
+@pytest.mark.parametrize(
+    "limits", [{"requests_per_minute": 1200}, {"requests_per_minute": 60_000, "tokens_per_minute": 1200 * 1220}]
+)
+def test_limits_that_nobody_told_are_kept_without_a_refusal(
+    tool: Tool, server: Server, make_image: ImageMaker, limits: dict[str, float]
+) -> None:
+    for number in range(90):
+        make_image(f"{number}.jpg", size=(8, 8))
+    server.script(check=False, latency=0.3, **limits)
+    tool("--image-dir", "images", "--thread-pool", "60")
+    stats = server.stats()
+    assert stats["statuses"] == {"200": 90}
+    assert stats["peak_in_flight"] > 1
+
+
+def test_a_429_pauses_everybody_until_its_retry_after(tool: Tool, server: Server, make_image: ImageMaker) -> None:
+    for number in range(30):
+        make_image(f"{number:02}.jpg", size=(8, 8))
+    limit = {"status": 429, "headers": {"Retry-After": "2"}, "body": {"error": {"code": "rate_limit_exceeded"}}}
+    server.script(steps=[{}, {}, {}, limit], latency=0.05, check=False)
+    tool("--image-dir", "images", "--thread-pool", "3")
+    arrivals = server.stats()["arrivals"]
+    gaps = [later - earlier for earlier, later in pairwise(arrivals)]
+    assert max(gaps) >= 1.9
+    assert len(arrivals) == 31

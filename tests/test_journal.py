@@ -91,6 +91,17 @@ def test_the_entry_is_on_the_disk_before_the_caption(tool: Tool, server: Server,
     assert [entry["outcome"] for entry in journal(tool.folder / "images")] == ["captioned"]
 
 
+def test_a_line_torn_by_a_full_disk_does_not_take_the_next_one_along(tmp_path: Path) -> None:
+    journal = gc.Journal(tmp_path)
+    journal.open()
+    journal.append(str(tmp_path / "a.txt"), gc.Entry("captioned"))
+    os.write(journal._handle, b'{"caption": "b.tx')
+    journal._torn = True  # as it is after a write that failed half-way
+    journal.append(str(tmp_path / "c.txt"), gc.Entry("captioned"))
+    journal.close()
+    assert list(gc.Journal(tmp_path).history) == ["a.txt", "c.txt"]
+
+
 @POSIX
 def test_a_second_run_on_the_same_folder_waits_for_the_end_of_the_first(
     tool: Tool, server: Server, make_image: ImageMaker

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 
 import pytest
 
@@ -117,3 +119,90 @@ def test_nobody_gets_a_turn_once_the_run_ends() -> None:
 
     with pytest.raises(gc.StopRun):
         asyncio.run(run())
+
+
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("12ms", 0.012),
+        ("6m0s", 360),
+        ("2s81ms", 2.081),
+        ("1h2m3.5s", 3723.5),
+        ("1s", 1),
+        ("20", 20),
+        ("0.5", 0.5),
+        (str(int(NOW.timestamp()) + 30), 30),
+        (str((int(NOW.timestamp()) + 30) * 1000), 30),
+        (str(int(NOW.timestamp()) - 30), 0),
+        ("", None),
+        ("soon", None),
+        ("1s and more", None),
+        ("-5", None),
+    ],
+)
+def test_the_time_to_reset_comes_in_many_forms(text: str, seconds: float | None) -> None:
+    found = gc.parse_reset(text, NOW)
+    assert found is None if seconds is None else math.isclose(found, seconds, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("headers", "limits"),
+    [
+        ({}, {}),
+        ({"x-ratelimit-limit-requests": "60"}, {}),
+        (
+            {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59"},
+            {"requests": gc.Limit(60, 59, None)},
+        ),
+        (
+            {
+                "x-ratelimit-limit-tokens": "2000",
+                "x-ratelimit-remaining-tokens": "-5",
+                "x-ratelimit-reset-tokens": "1m0s",
+            },
+            {"tokens": gc.Limit(2000, 0, 60)},
+        ),
+        ({"x-ratelimit-limit-tokens": "many", "x-ratelimit-remaining-tokens": "1"}, {}),
+        ({"x-ratelimit-limit-tokens": "0", "x-ratelimit-remaining-tokens": "0"}, {}),
+        ({"x-ratelimit-limit-tokens": "inf", "x-ratelimit-remaining-tokens": "nan"}, {}),
+    ],
+)
+def test_limits_are_what_both_headers_say(headers: dict[str, str], limits: dict[str, gc.Limit]) -> None:
+    assert gc.parse_limits(headers, NOW) == limits
+
+
+def test_a_bucket_is_unlimited_until_the_server_speaks() -> None:
+    bucket = gc.Bucket()
+    bucket.take(10**9)
+    assert bucket.wait_s(10**9, 5.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "rate"),
+    [
+        (gc.Limit(3000, 0, 60), 50),  # a minute's limit
+        (gc.Limit(14_400, 0, 86_400), 1 / 6),  # a day's
+        (gc.Limit(3000, 0, None), 50),  # unsaid: a minute's
+        (gc.Limit(3000, 2999, 30), 50),  # too little is missing to tell
+    ],
+)
+def test_a_bucket_refills_in_the_limits_own_period(limit: gc.Limit, rate: float) -> None:
+    bucket = gc.Bucket()
+    bucket.take(1)
+    bucket.learn(limit, 0.0, 1.0, 0.0)
+    bucket.take(limit.left)
+    assert math.isclose(bucket.wait_s(1, 0.0), (1 + gc.RESERVE_S * rate) / rate)
+
+
+def test_what_is_on_its_way_counts_against_what_the_server_says_is_left() -> None:
+    bucket = gc.Bucket()
+    for _ in range(10):
+        bucket.take(1)
+    bucket.learn(gc.Limit(60, 5, None), 0.0, 1.0, 0.0)  # the answer to the first of ten
+    assert bucket.wait_s(1, 0.0) == 0
+    for _ in range(5):
+        bucket.take(1)
+    assert bucket.wait_s(1, 0.0) > 0

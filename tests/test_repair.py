@@ -263,3 +263,81 @@ def test_a_repaired_caption_is_not_taken_for_ours(tool: Tool) -> None:
     fix(tool)
     (entry,) = gc.Journal(tool.folder / "c").past(str(tool.folder / "c" / "a.txt"))
     assert (entry.outcome, entry.caption_sha256) == ("repaired", gc.hash_file(str(tool.folder / "c" / "a.txt")))
+
+
+@POSIX
+def test_a_link_to_itself_and_a_file_that_vanishes_do_not_stop_the_rest(tool: Tool, tmp_path: Path) -> None:
+    write(tool.folder / "c", {"a.txt": BROKEN, "sub/b.txt": BROKEN})
+    (tool.folder / "c" / "loop.txt").symlink_to("loop.txt")
+    (tool.folder / "c" / "loop").symlink_to("loop")
+    err = fix(tool, code=1)
+    assert "c/loop.txt: unreadable file: Too many levels of symbolic links" in err
+    assert "Repaired 2" in err
+    (tmp_path / "there.txt").write_bytes(b"x")
+    kept = gc.keep_originals(str(tmp_path), [str(tmp_path / "gone.txt"), str(tmp_path / "there.txt")], gc.KEPT, "t")
+    with zipfile.ZipFile(kept) as archive:
+        assert archive.namelist() == ["there.txt", ".index.json"]
+
+
+def test_yaml_of_a_few_lines_that_stand_for_billions_is_no_trouble(tool: Tool) -> None:
+    lines = ['a0: &a0 ["x", "cafÃ©"]', *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))]
+    write(tool.folder / "c", {"a.yaml": "\n".join(lines).encode()})
+    assert "Repaired 1 (mojibake 1)" in fix(tool)
+
+
+@pytest.mark.parametrize("data", [b"\xbfa " * 100_000 + b"?", bytes(range(128, 256)) * 20_000], ids=["marks", "bytes"])
+def test_long_files_without_sense_are_decided_in_time(data: bytes) -> None:
+    started = time.monotonic()
+    gc.decode_text(data)
+    assert time.monotonic() - started < 20  # it was minutes
+
+
+@POSIX
+def test_what_is_in_the_way_of_an_undo_is_named_and_the_rest_goes_on(tool: Tool) -> None:
+    write(tool.folder / "c", {"a.txt": BROKEN, "b.txt": BROKEN, "sub/c.txt": BROKEN})
+    fix(tool)
+    (tool.folder / "c" / "b.txt").unlink()
+    (tool.folder / "c" / "b.txt").mkdir()
+    (tool.folder / "c" / "sub" / "c.txt").unlink()
+    (tool.folder / "c" / "sub").rmdir()
+    out = tool("--undo", "--caption-dir", "c").stdout
+    assert "c/b.txt: no file any more, left alone" in out
+    assert "Put back 2 of 3" in out
+    assert (tool.folder / "c" / "sub" / "c.txt").read_bytes() == BROKEN
+
+
+def test_a_damaged_zip_gives_back_what_is_whole(tool: Tool) -> None:
+    write(tool.folder / "c", {"a.txt": BROKEN * 99, "b.txt": BROKEN})
+    fix(tool)
+    (kept,) = (tool.folder / "c" / ".gen-captions").glob("*.zip")
+    data = bytearray(kept.read_bytes())
+    data[45:55] = b"X" * 10
+    kept.write_bytes(data)
+    done = tool("--undo", "--caption-dir", "c", code=1)
+    assert "c/a.txt: not put back: " in done.stdout.replace("\\", "/")
+    assert "1 files were not put back; mend that, then run --undo again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tool.folder / "c" / "b.txt").read_bytes() == BROKEN
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only the superuser can give files away")
+def test_undo_keeps_the_owner(tool: Tool) -> None:
+    write(tool.folder / "c", {"a.txt": BROKEN})
+    os.chown(tool.folder / "c" / "a.txt", 1234, 1235)
+    fix(tool)
+    tool("--undo", "--caption-dir", "c")
+    status = (tool.folder / "c" / "a.txt").stat()
+    assert (status.st_uid, status.st_gid) == (1234, 1235)
+
+
+@POSIX
+def test_a_dead_runs_temporary_file_is_cleaned_up(tool: Tool) -> None:
+    write(tool.folder / "c", {"a.txt": BROKEN, ".gc-4194999-7": b"half"})
+    fix(tool)
+    assert not (tool.folder / "c" / ".gc-4194999-7").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file"])
+def test_undo_in_a_folder_that_cannot_be_used_is_an_error(tool: Tool, name: str) -> None:
+    (tool.folder / "file").touch()
+    assert f"--caption-dir: {name}: " in tool("--undo", "--caption-dir", name, code=2).stderr
