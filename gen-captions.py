@@ -2315,7 +2315,7 @@ class Bucket:
         at_answer, since = limit.left, self.taken - taken
         at_request = min(limit.most, limit.left + self._rate * (now - sent_at)) - since
         low, high = sorted((at_answer, at_request))
-        self._level = min(max(self._level, low), high)
+        self._level = min(max(self._level, low), high) if self._level < math.inf else low
 
     def _refill(self, now: float) -> None:
         if self._rate < math.inf:
