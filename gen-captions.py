@@ -3306,7 +3306,7 @@ class Twins:
     async def find(self, key: str) -> str:
         """Return the caption of an image with the same bytes and prompt, blank when the caller is the one to ask.
 
-        Raises the FailImage of a twin that was refused. Who is to ask says so with `found` or `gone` afterwards.
+        Raises the FailImage of a twin that was refused. Who is to ask calls `remember` afterwards.
         """
         while flight := self._asking.get(key):
             await flight.wait()
@@ -3540,10 +3540,8 @@ async def caption_images(
                 captioner = Captioner(settings, recipe, asker, journal, report, stop)
 
                 async def handle(job: Job) -> None:
-                    try:
-                        await captioner.handle(job)
-                    finally:
-                        update(1)
+                    await captioner.handle(job)
+                    update(1)
 
                 await run_pool(iter(jobs), handle, settings.thread_pool, stop)
         except (OSError, ValueError, ImportError) as error:  # the connection's own settings

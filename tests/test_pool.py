@@ -199,10 +199,21 @@ def test_a_bucket_refills_in_the_limits_own_period(limit: gc.Limit, rate: float)
 
 def test_what_is_on_its_way_counts_against_what_the_server_says_is_left() -> None:
     bucket = gc.Bucket()
-    for _ in range(10):
+    bucket.take(1)
+    bucket.learn(gc.Limit(60, 20, None), 0.0, 1.0, 0.0)
+    for _ in range(15):
         bucket.take(1)
-    bucket.learn(gc.Limit(60, 5, None), 0.0, 1.0, 0.0)  # the answer to the first of ten
     assert bucket.wait_s(1, 0.0) == 0
-    for _ in range(5):
+    bucket.learn(gc.Limit(60, 8, None), 0.0, 12.0, 0.0)  # the answer to the twelfth; others share the account
+    for _ in range(8):
         bucket.take(1)
+    assert bucket.wait_s(1, 0.0) > 0
+
+
+def test_a_server_that_says_less_than_we_thought_is_believed() -> None:
+    bucket = gc.Bucket()
+    bucket.take(1)
+    bucket.learn(gc.Limit(60, 50, None), 0.0, 1.0, 0.0)
+    bucket.take(1)
+    bucket.learn(gc.Limit(60, 0, None), 0.0, 2.0, 0.0)
     assert bucket.wait_s(1, 0.0) > 0
