@@ -2440,6 +2440,15 @@ class Question:
     attempts: int = 0
 
 
+def rate_headers(response: Any) -> dict[str, str]:
+    """Return the x-ratelimit headers of an SDK's response: from the raw ones, since each look-up walks them all."""
+    return {
+        name.decode("latin-1").lower(): value.decode("latin-1")
+        for name, value in response.headers.raw
+        if name[:11].lower() == b"x-ratelimit"
+    }
+
+
 class Asker:
     """Asks for captions, for all workers: retries, and what one answer taught about the server counts for all."""
 
@@ -2528,10 +2537,11 @@ class Asker:
                 )
                 # JSON is UTF-8, whatever a header says
                 text = response.content.decode("utf-8-sig", "replace")
-                return parse_reply(text), response.response.headers
+                return parse_reply(text), rate_headers(response.response)
         except openai.APIStatusError as error:
             headers, text = error.response.headers, error.response.content.decode("utf-8-sig", "replace")
-            return parse_error(error.status_code, text, parse_retry_after(headers, datetime.now(UTC))), headers
+            wait_s = parse_retry_after(headers, datetime.now(UTC))
+            return parse_error(error.status_code, text, wait_s), rate_headers(error.response)
         except (openai.APIConnectionError, aiohttp.ClientError) as error:  # the SDK passes on some of the latter
             failed = describe_broken_connection(error, self._settings.host)
         except TimeoutError:

@@ -238,8 +238,8 @@ def pace(folder: Path) -> dict[str, Any]:
                 change.start()
             measure(command, OPENAI_BASE_URL=server.url)
             stats = server.stats()
-        took = stats["arrivals"][-1] - stats["arrivals"][0]
-        allowed = 50 + 50 * took - (25 * 8 if name == "c" else 0)  # each limit begins with a second's worth
+        took = stats["arrivals"][-1]  # since the server began to count; it begins with a second's worth
+        allowed = 50 + 50 * took - (25 * 8 if name == "c" else 0)
         found[name] = {
             "lost": 1000 - len(list((folder / "out").glob("*.txt"))),
             "refused": stats["statuses"].get("429", 0),

@@ -235,7 +235,7 @@ class VisionServer:
             text = step.get("body", "")
             text = text if isinstance(text, str) else json.dumps(text)
             return web.Response(status=step.get("status", 200), text=text, headers=step.get("headers"))
-        content = "Stand-in for a caption."
+        content = f"Stand-in for a caption, number {self.stats.requests}."
         asks_for_tags = any(str(part.get("text")).startswith("Write tags") for part in body["messages"][0]["content"])
         if self.script.check:
             try:
