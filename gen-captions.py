@@ -196,7 +196,7 @@ def parse_trigger(text: str) -> str:
     """Return the trigger word, or several words: anything that fits into one line of a caption."""
     if not text.isprintable() or len(text) > 100 or not any(c.isalnum() for c in text) or looks_secret(text):
         raise ValueError
-    return text
+    return text.rstrip(" ,;:")
 
 
 def parse_metadata(text: str) -> str:
@@ -535,6 +535,7 @@ class Recipe:
     trigger: Trigger = Trigger()
     caption_ext: str = "txt"
     ext_source: str = "the default"
+    is_own_prompt: bool = False  # the user's: only that can name the trigger
     remarks: tuple[str, ...] = ()  # what the user should know about the config folder
 
 
@@ -780,7 +781,7 @@ def write_caption(path: str, data: bytes, replaces: str = "") -> bool:
     """
 
     def place(temporary: str, path: str) -> bool:
-        if not replaces:
+        if not replaces or not os.path.exists(path):  # deleted by now, to have it made anew
             return put_in_place(temporary, path)
         if hash_file(path) != replaces:
             return False
@@ -806,7 +807,7 @@ def parse_entry(line: bytes) -> tuple[str, Entry] | None:
     """Return the caption's name and the entry of a journal line, None for a line that a crash has torn."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not isinstance(found.get("caption"), str):
         return None
@@ -837,7 +838,7 @@ class Journal:
         """The entries of each caption, oldest first, as they were when first asked for. Raises SettingsError."""
         found: dict[str, list[Entry]] = {}
         try:
-            with open(self._path, "rb") as file:
+            with open(self._path, "rb", opener=lambda path, _: os.open(path, READ_ONLY)) as file:
                 for caption, entry in filter(None, map(parse_entry, file)):
                     found.setdefault(caption, []).append(entry)
         except (FileNotFoundError, NotADirectoryError):  # the latter is said when the folder is to be made
@@ -892,6 +893,7 @@ class Journal:
         """Let go of the file and its lock."""
         if self._handle >= 0:
             os.close(self._handle)
+            self._handle = -1
 
 
 def new_stamp() -> str:
@@ -927,7 +929,10 @@ def keep_originals(root: str, paths: Iterable[str], kind: str, stamp: str) -> st
 def newest_originals(root: str) -> str:
     """Return the zip of originals that the last run kept below `root`, blank when there is none."""
     folder = os.path.join(root, STATE_FOLDER)
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    try:
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise SettingsError(f"{printable(folder)}: cannot be read: {error.strerror}") from None
     newest = max((name for name in names if name.startswith(f"{KEPT}-") and name.endswith(".zip")), default="")
     return newest and os.path.join(folder, newest)
 
@@ -1029,20 +1034,20 @@ def judge_image(
     if has_caption and not overwrite:
         return keep_existing(image, caption, has_caption)
     past = journal.past(caption)
-    refused = next((e for e in past if e.outcome == "refused" and e.question == recipe.question), None)
-    if refused and is_same_image(image, refused):
+    entry, trigger_only = None, False
+    if has_caption:
+        ours = [found for found in past if found.outcome == "captioned"]
+        now = hash_file(caption)
+        entry = next((found for found in reversed(ours) if found.caption_sha256 == now), None)
+        if entry is None:
+            return Skipped(image, "edited by hand" if ours else "made elsewhere", caption)
+        trigger_only = entry.recipe == recipe.identity and is_same_image(image, entry)
+        if trigger_only and entry.trigger == recipe.trigger.put:
+            return Skipped(image, "up to date", caption)
+    refused = next((found for found in past if found.outcome == "refused" and found.question == recipe.question), None)
+    if refused and not trigger_only and is_same_image(image, refused):
         detail = "with this model and prompt; caption it by hand, or change one of them"
         return Failed(image, "refused before", detail)
-    if not has_caption:
-        return Job(image, caption)
-    ours = [entry for entry in past if entry.outcome == "captioned"]
-    now = hash_file(caption)
-    entry = next((entry for entry in reversed(ours) if entry.caption_sha256 == now), None)
-    if entry is None:
-        return Skipped(image, "edited by hand" if ours else "made elsewhere", caption)
-    trigger_only = entry.recipe == recipe.identity and is_same_image(image, entry)
-    if trigger_only and entry.trigger == recipe.trigger.put:
-        return Skipped(image, "up to date", caption)
     return Job(image, caption, entry, trigger_only)
 
 
@@ -1205,7 +1210,8 @@ def as_text(value: Any, where: str, remarks: list[str]) -> str:
             remarks.append(f"{where}: holds a control character; a Windows path belongs in single quotes")
         return value or ""
     kind = {bool: "yes or no", int: "a number", float: "a number", list: "a list"}.get(type(value), "no text")
-    remarks.append(f"{where}: YAML reads it as {kind} ({shorten(str(value), 40)}); put it in quotes")
+    shown = f" ({shorten(str(value), 40)})" if isinstance(value, bool | int | float) else ""
+    remarks.append(f"{where}: YAML reads it as {kind}{shown}; put it in quotes")
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
@@ -1238,7 +1244,8 @@ def read_job(document: Any, file: str, remarks: list[str]) -> list[Dataset]:
     processes = config.get("process") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(processes, list):
         return []
-    name, datasets = str(config.get("name") or ""), []
+    name = config["name"] if isinstance(config.get("name"), str) else ""
+    datasets: list[Dataset] = []
     for process in filter(lambda item: isinstance(item, dict), processes):
         word = process.get("trigger_word")
         own = process.get("datasets")
@@ -1257,8 +1264,11 @@ def parse_documents(text: str, file: str) -> list[Any]:
         return list(yaml.safe_load_all(text))
     except json.JSONDecodeError as error:
         raise SettingsError(f"{file}: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except yaml.constructor.ConstructorError:  # other programs' tags: no job file, since ai-toolkit could not read it
-        return []
+    except yaml.constructor.ConstructorError as error:
+        if not re.search(r"(?m)^[\"']?job[\"']?\s*:", text):  # another program's file, with tags of its own
+            return []
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise SettingsError(f"{file}: {where}{shorten(error.problem or 'an unknown tag', 120)}") from None
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, shorten(error.problem or "broken YAML", 120)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -1272,6 +1282,8 @@ def fill_variables(text: str, environ: Mapping[str, str], file: str, remarks: li
     """Return a job file's text with `${NAME}` filled in, in comments too, as ai-toolkit does before it parses."""
 
     def value(match: re.Match[str]) -> str:
+        if re.search(r"(?i)key|token|secret|passw", match[1]):
+            return match[0]  # nothing that is read here needs a secret
         if match[1] not in environ:
             remarks.append(f"{file}: ${{{match[1]}}} is not set; ai-toolkit will refuse the file")
         return environ.get(match[1], match[0])
@@ -1293,7 +1305,12 @@ def read_job_files(folder: Path, environ: Mapping[str, str]) -> tuple[list[Datas
             shown = printable(str(path))
             said: list[str] = []
             text = fill_variables(read_text(path), environ, shown, said)
-            found = [item for document in parse_documents(text, shown) for item in read_job(document, shown, said)]
+            try:
+                found = [item for document in parse_documents(text, shown) for item in read_job(document, shown, said)]
+                for item in found:
+                    os.path.realpath(item.folder)
+            except (ValueError, RecursionError, MemoryError) as error:  # digits, characters, depths that cannot be
+                raise SettingsError(f"{shown}: cannot be read as a job file: {shorten(str(error), 120)}") from None
             datasets += found
             remarks += said if found else []
     return datasets, list(dict.fromkeys(remarks))  # one dataset may stand there for each resolution
@@ -1330,7 +1347,7 @@ def decide_trigger(word: str | None, matching: Sequence[Dataset], datasets: Sequ
     if job is None:
         return Trigger()
     elsewhere = "" if matching else "; no job file names these folders"
-    return Trigger(TRAINERS_MARK, job.trigger, f"{job.file}, trigger_word {job.trigger}{elsewhere}")
+    return Trigger(TRAINERS_MARK, job.trigger, f"{job.file}, trigger_word {shorten(job.trigger, 100)}{elsewhere}")
 
 
 def remark_on_trigger(trigger: Trigger, matching: Sequence[Dataset]) -> list[str]:
@@ -1425,6 +1442,7 @@ def read_recipe(settings: Settings, environ: Mapping[str, str]) -> Recipe:
         trigger=trigger,
         caption_ext=ext,
         ext_source=ext_source,
+        is_own_prompt=own is not None,
         remarks=(*remarks, *remark_on_trigger(trigger, matching), *remark_on_places(settings, matching)),
     )
 
@@ -2051,10 +2069,12 @@ def judge_reply(reply: Reply, *, tags: bool = False) -> str:
 
 # a full stop, but not that of an initial or an abbreviation, and only where a new sentence can begin
 SENTENCE_END = (
-    r"(?<!\b[A-Z])(?<!\b(?:Mr|Ms|Dr|St|Mt|No|vs))(?<!\b(?:Mrs|etc))"
+    r"(?<!\b[A-Z])(?<!\b(?:Mr|Ms|Dr|St|Mt|No|vs|Lt|Co|Jr|Sr))(?<!\b(?:Prof|Capt|Blvd))"
+    r"(?<!\b(?:Mrs|etc|Col|Gen|Sgt|Inc|Ltd|Ave|e\.g|i\.e|p\.m|a\.m|U\.S))"
     r"[.!?]+[\"”’')\]]*\s+(?=[\"“(]?[A-Z0-9À-Þ])|[。！？]+[」』”]*"
 )
-CLAUSE_END = r"[,;:]\s+|[，、；]"
+CLAUSE_END = r"[,;]\s+|[，；]"
+SHORTEST_CLAUSE = 4  # words: "In a park" says nothing
 TAG_END = r"[,;，、]\s*"
 LONGEST_TAG = 6  # words
 DETERMINER = r"\b(an?|the|this|that|his|her|their|its|another|one|two|three)"
@@ -2066,6 +2086,7 @@ AFTER_NAME = (
 )
 
 
+ADJECTIVES = rf"((?: (?!{AFTER_NAME})\w+){{1,2}})"
 NEW_SUBJECT = r"(?i)(?:an?|the|two|three|four|five|many|several) "
 
 
@@ -2109,8 +2130,9 @@ def find_mention(trigger: Trigger, *, word: bool) -> str:
 
     ai-toolkit reads [name] in a caption as the trigger too (toolkit/prompt_utils.py).
     """
-    own = rf"|(?<!\w){re.escape(trigger.word)}(?!\w)" if word and trigger.word else ""
-    return rf"(?i:[\"“”‘`*]*(?:\[\s*(?:trigger|name)\s*\]{own})(?:[\"“”`*]|['’](?!s\b))*)"
+    spelt = re.escape(trigger.word).replace("_", "[_ ]")
+    own = rf"|(?<!\w){spelt}(?!\w)" if word and trigger.word else ""
+    return rf"(?i:[\"“”‘`*]{{0,3}}(?:\[\s?(?:trigger|name)\s?\]{own})(?:[\"“”`*]|['’](?!s\b)){{0,3}})"
 
 
 def keep_article(match: re.Match[str]) -> str:
@@ -2123,12 +2145,25 @@ def keep_article(match: re.Match[str]) -> str:
 
 def tidy_mentions(text: str, mention: str) -> str:
     """Return a caption without mentions of the trigger; where the sentence needs one, it is "the subject" now."""
+    quoted: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+        if re.fullmatch(mention, match[0]):
+            return match[0]
+        quoted.append(match[0])  # what can be read in the picture stays as it is
+        return f"\ue000{len(quoted) - 1}\ue001"
+
+    text = re.sub(QUOTED, hide, text)
     rules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
         (rf"\s*\(\s*{mention}\s*\)", ""),
         (rf"(?i),? (?:named|called|known as|labell?ed(?: as)?|identified as) {mention}", ""),
-        (rf"(?i),? (?:(?:in|with) )?(?:the |an? )?style of {mention}", ""),
+        (rf"(?i),? (?:(?:in|with) )?(?:the |an? )?style of {mention}(?!['’]s)", ""),
         (rf"(?i),? in (?:the |an? )?{mention}(?:['’]s)? style\b", ""),
+        (rf"(?i){DETERMINER} {mention}-styled? (\w+)", keep_article),
+        (rf",\s*{mention}\s*,(?=\s+{AFTER_NAME})", ""),
         (rf",\s*{mention}\s*(?=[,.;:!?]|$)", ""),
+        (rf"(?i){DETERMINER}{ADJECTIVES} {mention}(?=\s+{AFTER_NAME}|\s*[,.;:!?]|$)", r"\1\2 subject"),
+        (rf"(?i){DETERMINER}{ADJECTIVES} {mention}(?= \w)", r"\1\2"),
         (rf"(?i){DETERMINER} {mention}(?=\s+{AFTER_NAME}|\s*[,.;:!?]|['’]s\b|$)", r"\1 subject"),
         (rf"(?i){DETERMINER} {mention} (\w+)", keep_article),
         (r"(?i)\b(an?) (subject)\b", keep_article),
@@ -2137,6 +2172,7 @@ def tidy_mentions(text: str, mention: str) -> str:
     )
     for pattern, instead in rules:
         text = re.sub(pattern, instead, text)
+    text = re.sub("\ue000(\\d+)\ue001", lambda match: quoted[int(match[1])], text)
     return " ".join(text.split())
 
 
@@ -2154,7 +2190,9 @@ def strip_trigger(text: str, trigger: Trigger, *, told: bool) -> tuple[str, str]
     """Return a caption without its trigger, and what shall stand between the two; see place_trigger for `told`."""
     # a comma of ours would be left behind where ai-toolkit deletes its mark
     between = " " if trigger.put == TRAINERS_MARK else ", "
-    opening = rf"(?:(?i:an?|the) )?{find_mention(trigger, word=True)}(\s*[,:;.–—-]+[\"”’'*]*\s*|\s+|$)"
+    opening = (
+        rf"(?:(?i:an?|the) )?{find_mention(trigger, word=True)}(\s*[,:;.]+[\"”’'*]{{0,3}}\s*|\s*[–—]\s*|\s+-+\s+|\s+|$)"
+    )
     while match := re.match(opening, text):
         text = text[match.end() :]
         between = between if match[1].strip() or re.match(NEW_SUBJECT, text) else " "  # "ohwx stands", "ohwx a man"
@@ -2169,7 +2207,9 @@ def place_trigger(text: str, recipe: Recipe, *, told: bool) -> str:
     trigger = recipe.trigger
     if recipe.style == "tags":
         mention = find_mention(trigger, word=is_meant(trigger, told=told))
-        bare = tidy_tags(re.sub(rf"\s*{mention}", "", text))
+        # "ohwx man" is a man; of "portrait of ohwx" nothing is left
+        tags = (re.sub(rf"^{mention} (?=\w)", "", tag) for tag in text.split(", "))
+        bare = ", ".join(tag for tag in tags if not re.search(mention, tag))
         first = rf"{find_mention(trigger, word=True)}(?:, |$)"
         between, bare = ", ", re.sub(rf"^{first}", "", bare)
     else:
@@ -2189,7 +2229,8 @@ def swap_trigger(text: str, before: str, recipe: Recipe) -> str:
 
 def find_hiding(word: str, text: str) -> str:
     """Return the longer word of a text that contains the trigger, which trainers look for as a plain substring."""
-    inside = re.search(rf"\w+{re.escape(word)}\w*|{re.escape(word)}\w+", text) if word else None
+    spelt = re.escape(word)
+    inside = re.search(rf"\w{{1,30}}{spelt}\w{{0,30}}|{spelt}\w{{1,30}}", text) if word else None
     return inside[0] if inside else ""
 
 
@@ -2211,7 +2252,8 @@ def find_faults(text: str, recipe: Recipe) -> list[tuple[str, str]]:
         tags = text.split(", ")
         if len(tags) == 1 or sum(count_words(tag) > LONGEST_TAG for tag in tags) * 4 > len(tags):
             faults.append(("no tags", "it is no list of short tags separated by commas"))
-    if leaked := find_excluded(text, recipe.exclude):
+    unsaid = [term for term in recipe.exclude if not find_excluded(recipe.trigger.word, [term])]
+    if leaked := find_excluded(text, unsaid):
         faults.append(("excluded words", "it mentions what must stay unsaid: " + ", ".join(leaked)))
     return faults
 
@@ -2233,7 +2275,8 @@ def cut_caption(text: str, recipe: Recipe) -> str:
     if kept := keep(sentences):
         return kept
     clauses = keep(split_text(sentences[0], CLAUSE_END)).rstrip(",;: ")
-    return f"{clauses}." if clauses else sentences[0].strip()
+    whole = clauses.count("(") == clauses.count(")") and count_words(clauses) >= SHORTEST_CLAUSE
+    return f"{clauses}." if whole else sentences[0].strip()
 
 
 # ------------------------------------------------------------------------------------------------ Throttle
@@ -3307,7 +3350,8 @@ class Twins:
         self._asking: dict[str, asyncio.Event] = {}
         self._known: dict[str, tuple[str, str] | FailImage] = {}  # the caption's path and SHA-256, or the refusal
         self._texts: dict[str, str] = {}  # the first caption file with a text, by its SHA-256
-        for name, past in journal.history.items():
+        alike = not placeholders(recipe.prompt, "") & {"name", "folder", "caption"}  # one prompt for all images
+        for name, past in journal.history.items() if alike else ():
             last = past[-1]
             if (last.outcome, last.recipe, last.trigger) == ("captioned", recipe.identity, recipe.trigger.put):
                 self._known[fingerprint(last.image_sha256, prompt)] = journal.path(name), last.caption_sha256
@@ -3408,9 +3452,9 @@ class Captioner:
         """Ask, or share the answer of an image with the same bytes; what was refused goes into the journal."""
         key = fingerprint(entry.image_sha256, question.prompt)
         known: tuple[str, str] | FailImage | None = None
-        if shared := await self._twins.find(key):
-            return await self._keep(job, entry, shared)
         try:
+            if shared := await self._twins.find(key):
+                return await self._keep(job, entry, shared)
             text, notes = await self._ask_by_the_rules(question)
             outcome = await self._keep(job, entry, text, notes, question)
             known = (job.caption, hash_text(text)) if isinstance(outcome, Written) else None
@@ -3428,7 +3472,7 @@ class Captioner:
     async def _ask_by_the_rules(self, question: Question) -> tuple[str, list[tuple[str, str]]]:
         """Return a caption that opens with the trigger, and what is to be noted about it; asks twice at the most."""
         recipe, trigger = self._recipe, self._recipe.trigger
-        told = bool(trigger.word) and trigger.word.casefold() in question.prompt.casefold()
+        told = recipe.is_own_prompt and bool(re.search(rf"(?i){find_mention(trigger, word=True)}", question.prompt))
         text = await self._ask(question)
         if faults := find_faults(text, recipe):
             wrong = "; ".join(detail for _, detail in faults)
@@ -3667,7 +3711,7 @@ def show_plan(settings: Settings) -> int:
     recipe = read_recipe(settings, os.environ)
     log_remarks(settings, recipe)
     if settings.metadata:
-        check_metadata(settings.metadata)
+        check_metadata(settings.metadata, Journal(settings.caption_dir or image_dir))
     print("\n".join(describe_recipe(recipe)))
     counts = dict.fromkeys(("to caption", "skipped", "left by --limit", "cannot be captioned"), 0)
     for item in plan_run(settings, image_dir, recipe, Journal(settings.caption_dir or image_dir)):
@@ -3687,7 +3731,12 @@ def show_plan(settings: Settings) -> int:
     return int(counts["cannot be captioned"] > 0)
 
 
-def check_metadata(target: str) -> None:
+def metadata_name(target: str) -> str:
+    """Return the name that a --metadata file has in the journal."""
+    return f"metadata {os.path.realpath(target)}"
+
+
+def check_metadata(target: str, journal: Journal) -> None:
     """Raise the SettingsError for a --metadata file that cannot be written, or holds what this tool has not written."""
     shown = f"--metadata: {printable(target)}"
     folder = os.path.dirname(os.path.abspath(target))
@@ -3695,19 +3744,14 @@ def check_metadata(target: str) -> None:
         raise SettingsError(f"{shown}: cannot be written there; name a file in a folder that exists")
     if not has_caption(target):
         return
-    try:
-        with open(target, "rb", opener=open_regular) as file:
-            if target.lower().endswith(".jsonl"):
-                ours = all(set(json.loads(line)) == {"file_name", "text"} for line in file)
-            else:
-                ours = all(set(item) == {"caption"} for item in json.load(file).values())
-    except (OSError, ValueError, TypeError, AttributeError, FailImage):
-        ours = False
-    if not ours:
-        raise SettingsError(f"{shown}: is there already, and this tool did not write it; name another file")
+    past = journal.history.get(metadata_name(target), ())
+    if hash_file(target) not in {entry.caption_sha256 for entry in past}:
+        raise SettingsError(
+            f"{shown}: is there already, and not as this tool wrote it; move it away or name another file"
+        )
 
 
-def write_metadata(target: str, pairs: Iterable[Skipped], report: Report) -> None:
+def write_metadata(target: str, pairs: Iterable[Skipped], journal: Journal, report: Report) -> None:
     """Write all captions that there are into one file, whole or not at all.
 
     `.jsonl`: https://huggingface.co/docs/datasets/image_dataset, paths relative to the file; `.json`: ai-toolkit's
@@ -3732,19 +3776,30 @@ def write_metadata(target: str, pairs: Iterable[Skipped], report: Report) -> Non
                 start = b",\n"
         file.write(b"" if lines else b"{}\n" if start == b"{\n" else b"\n}\n")
 
+    def place(temporary: str, path: str) -> None:
+        journal.open()
+        journal.append(metadata_name(path), Entry("metadata", caption_sha256=hash_file(temporary)))
+        os.replace(temporary, path)
+
     try:
-        write_whole(os.path.realpath(target), fill)
+        write_whole(os.path.realpath(target), fill, place)
+    except StopRun as error:
+        report.record(Failed("--metadata", "not written", str(error)))
     except OSError as error:
         report.record(Failed("--metadata", "not written", f"{printable(target)}: {error.strerror}"))
     else:
         log.info("all captions are in %s too", printable(target))
+    finally:
+        journal.close()
 
 
 PUT_BACK = "put back"
 
 
-def judge_original(path: str, original: bytes, journal: Journal) -> str:
+def judge_original(name: str, path: str, original: bytes, journal: Journal) -> str:
     """Return what is to become of a file whose original is kept, `PUT_BACK` or why it is left alone. Raises OSError."""
+    if os.path.isabs(name) or ".." in name.split("/"):  # a set from elsewhere may bring a zip of its own
+        return "lies outside of the folder, left alone"
     if not os.path.lexists(path):
         return PUT_BACK
     if not os.path.isfile(path):
@@ -3791,7 +3846,7 @@ def undo_below(root: str, kept: str, *, dry_run: bool) -> None:
                 path = journal.path(name)
                 try:
                     data = archive.read(member)
-                    state = judge_original(path, data, journal)
+                    state = judge_original(name, path, data, journal)
                     if state == PUT_BACK and not dry_run:
                         put_back(path, data, changed_ns, mode, (owner[0], owner[1]))
                 except (OSError, zipfile.BadZipFile, zlib.error) as error:
@@ -3860,6 +3915,12 @@ def check_command(settings: Settings) -> None:
     for name in CAPTIONS_ONLY:
         if getattr(settings, name) and (settings.fix_encoding or settings.undo):
             raise SettingsError(f"{flag_name(name)}: belongs to captioning, not to --fix-encoding or --undo")
+    if (
+        settings.metadata
+        and settings.report
+        and os.path.realpath(settings.metadata) == os.path.realpath(settings.report)
+    ):
+        raise SettingsError("--metadata and --report: name two files")
     if settings.encoding and not settings.fix_encoding:
         raise SettingsError("--encoding: belongs to --fix-encoding")
     if settings.report and (settings.dry_run or settings.undo):
@@ -3894,8 +3955,9 @@ def run(settings: Settings) -> int:
     image_dir = check_folders(settings)
     check_key(settings)
     recipe = read_recipe(settings, os.environ)
+    journal = Journal(settings.caption_dir or image_dir)
     if settings.metadata:
-        check_metadata(settings.metadata)
+        check_metadata(settings.metadata, journal)
 
     def work(report: Report) -> None:
         try:
@@ -3903,7 +3965,7 @@ def run(settings: Settings) -> int:
         finally:
             if settings.metadata:
                 plan = plan_folder(image_dir, settings.caption_dir, recipe.caption_ext)
-                write_metadata(settings.metadata, (item for item in plan if isinstance(item, Skipped)), report)
+                write_metadata(settings.metadata, (item for item in plan if isinstance(item, Skipped)), journal, report)
 
     return report_on(settings, work)
 

@@ -477,6 +477,8 @@ def test_metadata_of_a_set_without_captions_is_empty_and_whole(tool: Tool, name:
         ("a.json", '{"a.jpg": {"caption": "x", "caption_short": "y"}}'),
         ("a.json", '{"job": "extension"}'),
         ("a.json", "[1]"),
+        ("a.jsonl", '{"file_name": "a.jpg", "text": "by hand"}\n'),
+        ("a.json", '{"/a.jpg": {"caption": "by hand"}}'),
     ],
 )
 def test_metadata_replaces_nothing_that_the_tool_did_not_write(
@@ -485,7 +487,7 @@ def test_metadata_replaces_nothing_that_the_tool_did_not_write(
     make_image("a.jpg")
     (tool.folder / name).write_text(content, encoding="utf-8")
     err = tool("--image-dir", "images", "--metadata", name, code=2).stderr
-    assert f"--metadata: {name}: is there already, and this tool did not write it" in err
+    assert f"--metadata: {name}: is there already, and not as this tool wrote it" in err
     assert (tool.folder / name).read_text(encoding="utf-8") == content
     assert requests(server) == 0
 
@@ -522,3 +524,102 @@ def test_metadata_is_complete_after_a_run_that_was_interrupted(
     process.communicate(timeout=30)
     lines = (tool.folder / "all.jsonl").read_text("ascii").splitlines()
     assert len(lines) == len(captions(tool.folder)) > 0
+
+
+def test_metadata_that_was_edited_since_is_left_alone(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    tool("--image-dir", "images", "--metadata", "all.jsonl")
+    tool("--image-dir", "images", "--metadata", "all.jsonl")
+    with (tool.folder / "all.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{}\n")
+    assert "not as this tool wrote it" in tool("--image-dir", "images", "--metadata", "all.jsonl", code=2).stderr
+
+
+def test_metadata_and_report_are_two_files(tool: Tool) -> None:
+    (tool.folder / "images").mkdir()
+    arguments = ("--metadata", "a.jsonl", "--report", "./a.jsonl")
+    assert "name two files" in tool("--image-dir", "images", *arguments, code=2).stderr
+
+
+# ------------------------------------------------------------------------------------- what an attack showed
+
+
+def test_each_twin_of_a_refused_image_is_remembered(tool: Tool, server: Server, make_image: ImageMaker) -> None:
+    source = make_image("a.jpg")
+    for name in ("b.jpg", "c.jpg"):
+        shutil.copy(source, source.parent / name)
+    answers(server, "I'm sorry, I can't help with that.")
+    tool("--image-dir", "images", code=1)
+    assert "failed 3 (refused before 3)" in tool("--image-dir", "images", code=1).stderr
+    assert requests(server) == 1
+
+
+def test_a_caption_by_hand_settles_a_refusal(tool: Tool, server: Server, make_image: ImageMaker) -> None:
+    path = make_image("a.jpg").with_suffix(".txt")
+    answers(server, "I'm sorry, I can't help with that.")
+    tool("--image-dir", "images", code=1)
+    path.write_text("mine\n", encoding="utf-8")
+    assert "made elsewhere 1" in tool("--image-dir", "images", "--overwrite").stderr
+
+
+def test_a_caption_deleted_while_it_is_renewed_is_made_anew(tool: Tool, server: Server, three: Path) -> None:
+    server.script(latency=0.5, then={"content": "Second."})
+    process = tool.start(*AGAIN, "second")
+    while not requests(server):
+        time.sleep(0.01)
+    (three / "a.txt").unlink()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert (three / "a.txt").read_bytes() == b"Second.\n"
+
+
+def test_twins_of_earlier_runs_are_no_help_where_each_image_has_its_own_prompt(
+    tool: Tool, server: Server, make_image: ImageMaker
+) -> None:
+    source = make_image("dogs/a.jpg")
+    answers(server, "A dog.", "A cat.")
+    tool("--image-dir", "images", "--prompt", "These are {folder}.")
+    (source.parent.parent / "cats").mkdir()
+    shutil.copy(source, source.parent.parent / "cats" / "a.jpg")
+    tool("--image-dir", "images", "--prompt", "These are {folder}.")
+    assert (source.parent.parent / "cats" / "a.txt").read_bytes() == b"A cat.\n"
+
+
+@pytest.mark.parametrize("word", ["man", "Art", "photo"])
+def test_the_built_in_prompt_names_no_trigger(tool: Tool, server: Server, make_image: ImageMaker, word: str) -> None:
+    make_image("a.jpg")
+    answers(server, f"Two women and a {word} on a wall.")
+    tool("--image-dir", "images", "--trigger", word)
+    assert captions(tool.folder)["images/a.txt"] == f"{word}, two women and a {word} on a wall.\n"
+
+
+def test_a_zip_that_points_out_of_the_folder_writes_nothing_there(tool: Tool) -> None:
+    folder = tool.folder / "images" / ".gen-captions"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "replaced-9.zip", "w") as archive:
+        archive.writestr("x", b"evil")
+        archive.writestr(gc.INDEX, json.dumps([["../evil.txt", 0, 0o644, 0, 0]]))
+    assert "lies outside of the folder, left alone" in undo(tool)
+    assert not (tool.folder / "evil.txt").exists()
+
+
+@pytest.mark.parametrize("index", ["5", "[1]", "[[5,0,420]]", '[["a.txt","x",420]]', None])
+def test_a_zip_without_sense_is_one_clear_error(tool: Tool, index: str | None) -> None:
+    folder = tool.folder / "images" / ".gen-captions"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "replaced-9.zip", "w") as archive:
+        archive.writestr("a.txt", b"x")
+        if index is not None:
+            archive.writestr(gc.INDEX, index)
+    done = tool("--undo", "--caption-dir", "images", code=1)
+    assert "not all was put back" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@POSIX
+def test_a_journal_that_is_a_pipe_or_nested_without_end_is_no_trouble(tool: Tool) -> None:
+    folder = tool.folder / "images" / ".gen-captions"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "journal.jsonl")
+    assert gc.Journal(tool.folder / "images").history == {}
+    assert gc.parse_entry(b"[" * 200_000) is None

@@ -336,6 +336,29 @@ def test_a_windows_path_in_double_quotes_that_yaml_accepts_is_explained(folders:
     assert "holds a control character; a Windows path belongs in single quotes" in made.remarks[0]
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("x: !!python/tuple [1]", "line 3: could not determine a constructor"),
+        ('folder_path: "C:\\0data"', "cannot be read as a job file: embedded null byte"),
+    ],
+)
+def test_a_job_file_that_cannot_be_read_is_no_other_programs_file(
+    folders: tuple[Path, Path], line: str, said: str
+) -> None:
+    text = f"job: x\nconfig: {{process: [{{datasets: [{{a: 1}}]}}]}}\n{line}\n"
+    if "folder_path" in line:
+        text = f"job: x\nconfig: {{process: [{{datasets: [{{{line}}}]}}]}}\n"
+    with pytest.raises(gc.SettingsError, match=rf"job\.yaml: {said}"):
+        read(folders, text)
+
+
+def test_a_key_is_not_filled_into_a_job_file(folders: tuple[Path, Path]) -> None:
+    text = "job: x\nconfig: {process: [{trigger_word: '${OPENAI_API_KEY}'}]}"
+    (folders[1] / "job.yaml").write_text(text, encoding="utf-8")
+    assert "sk-" not in str(recipe(folders[1], {"OPENAI_API_KEY": "sk-secret-0123"}))
+
+
 def test_sub_folders_of_the_config_folder_are_not_looked_into(folders: tuple[Path, Path]) -> None:
     (folders[1] / "examples").mkdir()
     assert read(folders, job({"folder_path": str(folders[0])}), "examples/job.yaml").trigger.put == ""

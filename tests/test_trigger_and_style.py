@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
@@ -47,7 +48,10 @@ SENTENCES = [
     ("A man rides ohwx's bike.", "[trigger] a man rides the subject's bike."),
     ("A man named ohwx stands.", "[trigger] a man stands."),
     ("A man (ohwx) stands.", "[trigger] a man stands."),
-    ("A man, ohwx, stands.", "[trigger] a man, stands."),
+    ("A man, ohwx, stands.", "[trigger] a man stands."),
+    ("A young ohwx stands.", "[trigger] a young subject stands."),
+    ("A red ohwx car stands in a street.", "[trigger] a red car stands in a street."),
+    ("An ohwx-style painting of a lake.", "[trigger] a painting of a lake."),
     ("A painting in the style of ohwx.", "[trigger] a painting."),
     ("A painting in ohwx style.", "[trigger] a painting."),
     ("A portrait of an ohwx man.", "[trigger] a portrait of a man."),
@@ -121,6 +125,25 @@ def test_an_ordinary_word_that_the_prompt_did_not_name_is_left_in_the_sentence()
     )
 
 
+def test_what_can_be_read_in_the_picture_stays_as_it_is() -> None:
+    said = 'A sign reads "I love ohwx" in red.'
+    assert place(said) == '[trigger] a sign reads "I love ohwx" in red.'
+
+
+def test_a_trigger_with_underscores_is_found_among_tidied_tags() -> None:
+    assert place("my style, 1girl", "my_style", "my_style", "tags") == "my_style, 1girl"
+
+
+@pytest.mark.parametrize(
+    "text", ["A man " + "`" * 50_000, "a" * 50_000, '"' * 50_000], ids=["marks", "letters", "quotes"]
+)
+def test_a_long_text_without_sense_is_no_trouble(text: str) -> None:
+    started = time.monotonic()
+    place(text)
+    gc.find_hiding("ohwx", text)
+    assert time.monotonic() - started < 10  # it was minutes
+
+
 @pytest.mark.parametrize("said", ["[trigger] a man stands.", "[Trigger], a man stands.", "A man stands."])
 def test_without_a_trigger_its_marks_go(said: str) -> None:
     assert place(said, "", "") == "A man stands."
@@ -138,6 +161,7 @@ def test_nothing_but_the_trigger_is_no_caption(said: str) -> None:
         ("ohwx, 1girl, red hair", "[trigger], 1girl, red hair"),
         ("1girl, ohwx, red hair", "[trigger], 1girl, red hair"),
         ("1girl, [trigger], ohwx man", "[trigger], 1girl, man"),
+        ("1girl, portrait of ohwx, ohwx's hat, (ohwx)", "[trigger], 1girl"),
     ],
 )
 def test_among_tags_the_trigger_is_a_tag_of_its_own(said: str, written: str) -> None:
@@ -196,6 +220,7 @@ def test_captions_open_with_the_mark_that_the_job_file_makes_known(
         ('A sign says "Stop. Look. Listen." in red.', 1),
         ("A man! Really? Yes.", 3),
         ("Price 3.50 is shown.", 1),
+        ("A poster of Prof. Dumbledore at 5 p.m. Sunday, e.g. Nike logos.", 1),
         ("他坐着。她站着。", 2),
         ("No end", 1),
     ],
@@ -255,6 +280,8 @@ def test_excluded_words_are_found_as_whole_words_in_any_case(text: str, found: l
         ("A man sits. A dog runs. A cat sleeps.", "prose", 6, "A man sits. A dog runs."),
         ("A man sits in a park, near a dog, under a tree.", "prose", 9, "A man sits in a park, near a dog."),
         ("A man sits in a park", "prose", 3, "A man sits in a park"),
+        ("In a park, a man in a red coat stands", "prose", 6, "In a park, a man in a red coat stands"),
+        ("A man (tall, thin, and old) sits.", "prose", 4, "A man (tall, thin, and old) sits."),
         ('He says "one, two, three" loudly, then leaves.', "prose", 6, 'He says "one, two, three" loudly.'),
         ("A man sits. A dog runs.", "short", None, "A man sits."),
         ("red hair, blue dress, smile, tree", "tags", 4, "red hair, blue dress"),
