@@ -3641,11 +3641,12 @@ def prepare_folders(jobs: list[Job], report: Report) -> list[Job]:
     return [job for job in jobs if os.path.dirname(job.caption) not in problems]
 
 
-def prepare_run(jobs: list[Job], root: Path, journal: Journal, report: Report) -> list[Job]:
-    """Return the jobs whose captions can be kept, the journal opened and the captions to be replaced kept first.
+def prepare_run(jobs: list[Job], root: Path, journal: Journal, report: Report) -> tuple[list[Job], str]:
+    """Return the jobs whose captions can be kept, and the zip of those to be replaced, if any; the journal is opened.
 
     Raises StopRun.
     """
+    kept = ""
     ready = prepare_folders(jobs, report)
     try:
         journal.open()
@@ -3655,7 +3656,7 @@ def prepare_run(jobs: list[Job], root: Path, journal: Journal, report: Report) -
             log.info("%d captions to renew are kept in %s; --undo puts them back", len(replaced), printable(kept))
     except OSError as error:
         raise StopRun(f"{printable(journal.folder)}: cannot be written: {error.strerror}") from error
-    return ready
+    return ready, kept
 
 
 def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
@@ -3670,13 +3671,15 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
         log.info("%s below %s", nothing, printable(str(image_dir)))
         return
     try:
-        ready = prepare_run(jobs, root, journal, report)
+        ready, kept = prepare_run(jobs, root, journal, report)
         pool = settings.thread_pool
         log.info("to caption: %d, with %s at %s, workers: %d", len(ready), settings.model, settings.host, pool)
         import asyncio
 
         with contextlib.suppress(asyncio.CancelledError):  # the second Ctrl-C
             asyncio.run(caption_images(settings, recipe, ready, journal, report))
+        if kept and not report.written:  # nothing was replaced: --undo shall find the run before
+            os.unlink(kept)
     except StopRun as cause:  # before anything was asked
         report.left += len(jobs)
         report.ended_by = cause

@@ -623,3 +623,10 @@ def test_a_journal_that_is_a_pipe_or_nested_without_end_is_no_trouble(tool: Tool
     os.mkfifo(folder / "journal.jsonl")
     assert gc.Journal(tool.folder / "images").history == {}
     assert gc.parse_entry(b"[" * 200_000) is None
+
+
+@pytest.mark.usefixtures("three")
+def test_an_overwrite_that_replaced_nothing_leaves_nothing_to_undo(tool: Tool, server: Server) -> None:
+    server.script(key="another")
+    tool(*AGAIN, "second", code=3)
+    assert "there is nothing to put back" in undo(tool)
