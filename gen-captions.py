@@ -3659,6 +3659,14 @@ def prepare_run(jobs: list[Job], root: Path, journal: Journal, report: Report) -
     return ready, kept
 
 
+def is_untouched(jobs: Iterable[Job]) -> bool:
+    """Return whether all captions that were to be replaced are still there as they were."""
+    try:
+        return all(hash_file(job.caption) == job.replaces.caption_sha256 for job in jobs if job.replaces)
+    except OSError:
+        return False
+
+
 def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
     """Caption what has no caption yet, or with --overwrite what is out of date."""
     log.info("prompt: %s; trigger: %s", recipe.prompt_source, printable(recipe.trigger.put) or "none")
@@ -3678,7 +3686,7 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
 
         with contextlib.suppress(asyncio.CancelledError):  # the second Ctrl-C
             asyncio.run(caption_images(settings, recipe, ready, journal, report))
-        if kept and not report.written:  # nothing was replaced: --undo shall find the run before
+        if kept and not report.written and is_untouched(ready):  # --undo shall find the run before
             os.unlink(kept)
     except StopRun as cause:  # before anything was asked
         report.left += len(jobs)
@@ -3708,8 +3716,6 @@ def describe_job(job: Job) -> str:
 
 def show_plan(settings: Settings) -> int:
     """Print what a run would do, one image a line, and return the exit code; open no connection, write nothing."""
-    if settings.report:
-        raise SettingsError("--report: tells what a run did; --dry-run prints what it would do, and writes nothing")
     image_dir = check_folders(settings)
     recipe = read_recipe(settings, os.environ)
     log_remarks(settings, recipe)
@@ -3859,12 +3865,13 @@ def undo_below(root: str, kept: str, *, dry_run: bool) -> None:
         if failed:
             raise StopRun(f"{failed} files were not put back; mend that, then run --undo again")
         if not dry_run:
-            os.rename(kept, os.path.join(journal.folder, os.path.basename(kept).replace(KEPT, RESTORED, 1)))
-            kept = kept.replace(f"{KEPT}-", f"{RESTORED}-")
+            done = os.path.join(journal.folder, os.path.basename(kept).replace(KEPT, RESTORED, 1))
+            os.rename(kept, done)
+            kept = done
     finally:
         journal.close()
-    done = f"{'Would put' if dry_run else 'Put'} back {states[PUT_BACK]:,} of {states.total():,}"
-    print(f"{done}; all originals are in {printable(kept)}")
+    said = f"{'Would put' if dry_run else 'Put'} back {states[PUT_BACK]:,} of {states.total():,}"
+    print(f"{said}; all originals are in {printable(kept)}")
 
 
 def run_undo(settings: Settings) -> int:
