@@ -11,6 +11,7 @@
 #   "pyyaml>=6,<7",
 #   "ftfy>=6.3,<7",
 #   "charset-normalizer>=3.4,<4",
+#   "genai-prices>=0.2.3,<0.3",
 # ]
 # ///
 """Caption a folder of images for training, with OpenAI's vision models or any server that speaks their API.
@@ -28,6 +29,7 @@ Read it from top to bottom; each room uses only rooms above it:
     Recipe             what the config folder says about the captions
     Pixels             any image file -> a small upright JPEG
     Request and reply  build the question; judge the answer
+    Money              what a request will cost, and what it did
     Trigger and style  make the answer the caption that the training wants
     Throttle           the pace of all workers, and how the run ends early
     Ask                the connection, the retries, what the server taught us
@@ -68,8 +70,8 @@ import warnings
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import astuple, dataclass, field
+from datetime import UTC, date, datetime, timedelta
 from io import BytesIO, StringIO
 from pathlib import Path
 from string import Formatter
@@ -79,6 +81,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:  # imported where they are needed, asyncio too: --help, -n and usage errors must not wait for them
     import asyncio
     from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+    from decimal import Decimal
     from types import FrameType
 
     from openai import AsyncOpenAI
@@ -110,11 +113,12 @@ def shorten(text: str, limit: int = 300) -> str:
 OPENAI_URL = "https://api.openai.com/v1"
 KEY_PLACEHOLDER = "your-key-here"  # what .env.example holds
 LOCAL_WORKERS = 2  # a server on this machine answers slower the more it is asked at once
+FLEX_TIMEOUT_S = 900.0  # https://developers.openai.com/api/docs/guides/flex-processing
 IMAGE_SUFFIXES = {
     f".{name}" for name in ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
 }
 
-WHAT, HOW, PACE = "what to caption", "which model, and what it is asked", "how fast"
+WHAT, HOW, MONEY, PACE = "what to caption", "which model, and what it is asked", "what it may cost", "how fast"
 SHOW, REPAIR = "what to see", "other work"
 
 
@@ -225,6 +229,30 @@ def parse_caption_ext(text: str) -> str:
     return ext
 
 
+def parse_amount(text: str) -> Decimal:
+    """Return an amount of dollars, which may be zero."""
+    from decimal import Decimal
+
+    digits = text.removeprefix("$")
+    if not 0 <= float(digits) <= 1_000_000:
+        raise ValueError
+    return Decimal(digits)
+
+
+def parse_limit(text: str) -> Decimal:
+    """Return an amount of dollars above zero."""
+    amount = parse_amount(text)
+    if not amount:
+        raise ValueError
+    return amount
+
+
+def parse_price(text: str) -> tuple[Decimal, Decimal]:
+    """Return two amounts of dollars."""
+    into, out = map(parse_amount, text.split())
+    return into, out
+
+
 TEXT = Kind(str, "some text", "TEXT")
 FOLDER = Kind(Path, "a folder", "FOLDER")
 FILE = Kind(str, "a file, or - for standard output", "FILE")
@@ -236,6 +264,9 @@ STYLE = one_of("prose", "short", "tags")
 TRIGGER = Kind(parse_trigger, "a word, or a few, of at most 100 characters", "WORD")
 METADATA = Kind(parse_metadata, "a file whose name ends in .jsonl or .json", "FILE")
 ENCODING = Kind(parse_encoding, "a name of an encoding that Python knows, such as cp1252, gb18030 or shift_jis", "NAME")
+DOLLARS = Kind(parse_limit, "dollars, such as 2.50", "USD")
+PRICE = Kind(parse_price, 'two numbers, dollars for a million tokens in and out, such as "0.10 0.50"', "IN OUT")
+TIER = one_of("default", "flex")
 EXTENSION = Kind(
     parse_caption_ext, "letters and digits as in txt or caption; not json, not an image's extension", "EXT"
 )
@@ -296,6 +327,16 @@ class Settings:
         HOW, decimal(0, 2, low_itself=True), "randomness; the model's own when unset", None, "GETCAP_TEMPERATURE"
     )
 
+    max_cost: Decimal | None = setting(
+        MONEY, DOLLARS, "stop before the request that could pass this; no limit when unset", None, "GETCAP_MAX_COST"
+    )
+    price: tuple[Decimal, Decimal] | None = setting(
+        MONEY, PRICE, "dollars for a million tokens in and out, where the price is not known", None, "GETCAP_PRICE"
+    )
+    service_tier: str | None = setting(
+        MONEY, TIER, "flex: half price where the model has it, slower answers", None, "GETCAP_SERVICE_TIER"
+    )
+
     thread_pool: int = setting(
         PACE, whole_number(1, 1000), "workers; 2 when unset and the server is this machine", 10, "GETCAP_THREAD_POOL"
     )
@@ -308,9 +349,17 @@ class Settings:
     throttle_backoff_factor: float = setting(
         PACE, decimal(0, 60), "base of the exponential backoff", 2.0, "GETCAP_THROTTLE_BACKOFF_FACTOR"
     )
-    timeout: float = setting(PACE, decimal(0, 86_400), "longest wait for an answer in seconds", 120.0, "GETCAP_TIMEOUT")
+    timeout: float = setting(
+        PACE, decimal(0, 86_400), "longest wait for an answer in seconds; 900 with flex", 120.0, "GETCAP_TIMEOUT"
+    )
 
-    dry_run: bool = setting(SHOW, SWITCH, "only say what would be captioned: no connection, no key", False, short="-n")
+    dry_run: bool = setting(
+        SHOW,
+        SWITCH,
+        "only say what would be captioned, and what it would cost: no connection, no key",
+        False,
+        short="-n",
+    )
     report: str | None = setting(SHOW, FILE, "write outcomes as JSON lines, replacing the file; - is stdout")
     verbose: bool = setting(SHOW, SWITCH, "say more (log level DEBUG)", False, short="-v")
     quiet: bool = setting(SHOW, SWITCH, "say only what is wrong, and the summary (WARNING)", False, short="-q")
@@ -368,7 +417,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    groups = {title: parser.add_argument_group(title) for title in (WHAT, HOW, PACE, SHOW, REPAIR)}
+    groups = {title: parser.add_argument_group(title) for title in (WHAT, HOW, MONEY, PACE, SHOW, REPAIR)}
     for item, spec in specs():
         flags = filter(None, (spec.short, flag_name(item.name)))
         default = f"{item.default:g}" if isinstance(item.default, float) else item.default
@@ -376,7 +425,9 @@ def build_parser() -> Parser:
         if spec.kind is SWITCH:
             groups[spec.group].add_argument(*flags, action="store_true", help=spec.help)
         elif spec.kind is not SECRET:
-            groups[spec.group].add_argument(*flags, metavar=spec.kind.metavar, help=spec.help + note)
+            words = spec.kind.metavar.split()
+            values: dict[str, Any] = {"nargs": len(words), "metavar": tuple(words)} if len(words) > 1 else {}
+            groups[spec.group].add_argument(*flags, **{"metavar": words[0], **values}, help=spec.help + note)
     groups[SHOW].add_argument("-V", "--version", action="version", version=f"gen-captions {__version__}")
     groups[SHOW].add_argument("-h", "--help", action="help", help="show this and stop")
     return parser
@@ -404,13 +455,14 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def resolve_settings(
-    flags: Mapping[str, str | bool | None], environ: Mapping[str, str], dotenv: Mapping[str, str | None]
+    flags: Mapping[str, str | bool | list[str] | None], environ: Mapping[str, str], dotenv: Mapping[str, str | None]
 ) -> Settings:
     """Return the settings by precedence: flag, environment, .env, default. A variable left blank counts as unset."""
     check_names({*environ, *dotenv})
     chosen: dict[str, Any] = {}
     for item, spec in specs():
         flag = flags.get(item.name)
+        flag = " ".join(flag) if isinstance(flag, list) else flag
         sources = [(flag_name(item.name), flag), (spec.variable, environ.get(spec.variable))]
         sources.append((f"{spec.variable} in .env", dotenv.get(spec.variable)))
         if isinstance(flag, str) and not flag.strip():
@@ -423,6 +475,8 @@ def resolve_settings(
                 break
     if "thread_pool" not in chosen and is_this_machine(chosen.get("base_url", OPENAI_URL)):
         chosen["thread_pool"] = LOCAL_WORKERS
+    if "timeout" not in chosen and chosen.get("service_tier") == "flex":
+        chosen["timeout"] = FLEX_TIMEOUT_S
     if chosen["verbose"] and chosen["quiet"]:
         raise SettingsError("-v and -q: take one of them")
     return Settings(**chosen)
@@ -436,6 +490,11 @@ def is_this_machine(url: str) -> bool:
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
     return address.is_loopback or address.is_unspecified
+
+
+def is_openai(url: str) -> bool:
+    """Return whether the server at this URL is OpenAI itself."""
+    return bool(re.search(r"(?:^|\.)api\.openai\.com$", urlsplit(url).hostname or ""))
 
 
 def check_key(settings: Settings) -> None:
@@ -545,9 +604,16 @@ class Usage:
 
     prompt: int = 0
     answer: int = 0
+    cached: int = 0  # of the prompt, read from a cache at a lower price
+    cache_writes: int = 0  # of the prompt, written to one at a higher price
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(self.prompt + other.prompt, self.answer + other.answer)
+        return Usage(
+            self.prompt + other.prompt,
+            self.answer + other.answer,
+            self.cached + other.cached,
+            self.cache_writes + other.cache_writes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -795,6 +861,8 @@ def write_caption(path: str, data: bytes, replaces: str = "") -> bool:
 
 STATE_FOLDER = ".gen-captions"  # trainers pass over it
 KEPT, UNDONE, RESTORED = "replaced", "undone", "restored"  # zips of originals, by what became of them
+LATEST, STAMP = 512 * 1024, rb'(?m)^\{"time": "([^"]{25})"'  # bytes at the journal's end, and when lines were written
+PAUSE_S = 60.0  # between two runs, not two answers
 INDEX = ".index.json"  # no kept file is called so: hidden names are passed over
 
 
@@ -888,6 +956,19 @@ class Journal:
                 data = data[os.write(self._handle, data) :]
             self._torn = False
         os.fsync(self._handle)
+
+    def pace(self) -> float:
+        """Return how many images a second were answered when the journal was last at work, 0 when that is not known."""
+        try:
+            with open(self._path, "rb", opener=lambda path, _: os.open(path, READ_ONLY)) as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - LATEST))
+                stamps = [datetime.fromisoformat(found.decode()) for found in re.findall(STAMP, file.read())]
+        except (OSError, ValueError):
+            return 0.0
+        stamps.reverse()
+        gaps = [(later - earlier).total_seconds() for later, earlier in itertools.pairwise(stamps)]
+        busy_s = list(itertools.takewhile(lambda gap: 0 <= gap < PAUSE_S, gaps))
+        return len(busy_s) / sum(busy_s) if sum(busy_s) else 0.0
 
     def close(self) -> None:
         """Let go of the file and its lock."""
@@ -1489,30 +1570,38 @@ def load_pillow() -> None:
         pillow_heif.register_heif_opener()
 
 
-def prepare_image(data: bytes, max_side: int) -> bytes:
-    """Return an image file's bytes as an upright RGB JPEG of at most `max_side` pixels a side; raises FailImage.
+Size = tuple[int, int]
 
-    A JPEG that is all of that already is returned as it came.
-    """
-    if not data:
-        raise FailImage("empty file", "the file has no bytes: copy it again")
+
+@contextlib.contextmanager
+def name_damage() -> Iterator[None]:
+    """Turn whatever a decoder stumbles over in a damaged file into a FailImage."""
     try:
-        return shrink_image(data, max_side)
+        yield
     except FailImage:
         raise
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+    except Exception as error:
         raise FailImage(
             "damaged image", f"{shorten(str(error) or repr(error), 120)}: open it in a viewer, save it again"
         ) from error
 
 
-def shrink_image(data: bytes, max_side: int) -> bytes:
+def prepare_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
+    """Return an image file's bytes as an upright RGB JPEG of at most `max_side` pixels a side, and its size.
+
+    Raises FailImage. A JPEG that is all of that already is returned as it came.
+    """
+    with name_damage():
+        return shrink_image(data, max_side)
+
+
+def shrink_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
     """Return what prepare_image returns; raises FailImage, and what Pillow raises on damaged files."""
     from PIL import Image
 
-    image = open_image(data)
+    image = open_image(BytesIO(data))
     if is_ready(image, data, max_side):
-        return data
+        return data, image.size
     image.draft("RGB", (max_side, max_side))  # a JPEG is decoded at 1/2, 1/4 or 1/8; other formats ignore it
     image.load()  # TIFF turns itself upright here, and forgets its orientation
     turn = TURNS.get(read_orientation(image))
@@ -1520,7 +1609,15 @@ def shrink_image(data: bytes, max_side: int) -> bytes:
     small.thumbnail((max_side, max_side))
     output = BytesIO()
     flatten(small.transpose(Image.Transpose[turn]) if turn else small).save(output, "JPEG", quality=JPEG_QUALITY)
-    return output.getvalue()
+    return output.getvalue(), small.size
+
+
+def measure_image(file: IO[bytes], max_side: int) -> Size:
+    """Return about the size that an image would be sent with, from its header alone; raises FailImage."""
+    with name_damage():
+        width, height = open_image(file).size
+    scale = min(1.0, max_side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -1531,14 +1628,18 @@ def read_orientation(image: Image.Image) -> int:
         return 1
 
 
-def open_image(data: bytes) -> ImageFile.ImageFile:
-    """Return the image that these bytes are, its pixels not decoded yet."""
+def open_image(file: IO[bytes]) -> ImageFile.ImageFile:
+    """Return the image that a file's bytes are, its pixels not decoded yet."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
-        if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in Image.OPEN:
+        file.seek(0)
+        start = file.read(12)
+        if not start:
+            raise FailImage("empty file", "the file has no bytes: copy it again") from None
+        if start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS and "HEIF" not in Image.OPEN:
             raise FailImage("HEIC without pillow-heif", "pip install pillow-heif, then run again") from None
         detail = f"its content is none of {', '.join(FORMATS)}, or cut short: convert it or take it out"
         raise FailImage("not an image", detail) from None
@@ -1604,6 +1705,7 @@ class Reply:
     refusal: str
     has_reasoning: bool
     usage: Usage
+    tier: str = ""  # the service tier that it was billed as
 
 
 @dataclass(frozen=True, slots=True)
@@ -1626,10 +1728,25 @@ class ErrorReply:
     retry_after_s: float = 0.0
 
 
+def has_cache_options(settings: Settings) -> bool:
+    """Return whether the server's prompt cache can be told what to keep: OpenAI's, for gpt-5.6 and later.
+
+    Source: https://developers.openai.com/api/docs/guides/prompt-caching
+    """
+    newer = re.match(r"gpt-(?:5\.[6-9]|[6-9]|\d\d)", settings.model)
+    return bool(newer) and is_openai(settings.base_url)
+
+
 def first_parameters(settings: Settings) -> Parameters:
     """Return the parameters that the first request carries, before the server has said what it rejects."""
-    tuning = {"reasoning_effort": settings.reasoning_effort, "temperature": settings.temperature}
-    parameters: Parameters = {TOKEN_LIMITS[0]: settings.max_tokens, **tuning}
+    parameters: Parameters = {
+        TOKEN_LIMITS[0]: settings.max_tokens,
+        "reasoning_effort": settings.reasoning_effort,
+        "temperature": settings.temperature,
+        "service_tier": settings.service_tier,
+        # else each image's prompt is written to a cache, at a higher price, that nobody will read
+        "prompt_cache_options": {"mode": "explicit"} if has_cache_options(settings) else None,
+    }
     return {name: value for name, value in parameters.items() if value is not None}
 
 
@@ -1655,12 +1772,22 @@ REJECTION = (
 )
 
 
+def is_about_tier(error: ErrorReply) -> bool:
+    """Return whether the server rejects the service tier."""
+    return error.status in {400, 422} and bool(
+        re.search(r"service_tier|(?i:service tier|\bflex\b)", f"{error.param} {error.message}")
+    )
+
+
 def adapt_parameters(sent: Parameters, error: ErrorReply) -> Parameters | None:
     """Return the parameters without the one that the server rejects, None when that is not what the error says.
 
-    The token limit is tried under its other name first, the reasoning effort with the cheapest value on offer.
+    The token limit is tried under its other name first, the reasoning effort with the cheapest value on offer. The
+    service tier is never dropped: who asks for half the price does not want the whole.
     """
     said = f"{error.param} {error.message}"
+    if is_about_tier(error):
+        return None
     named = (n for n in sent if re.search(rf"(?<!\w){n}(?!\w)", said))
     name = error.param if error.param in sent else next(named, None)
     if name is None and "reasoning_effort" in sent and re.search(r"(?i)\bthink(?:ing)?\b|\breasoning\b", said):
@@ -1795,10 +1922,19 @@ def parse_reply(text: str) -> Reply | ErrorReply:
         return dataclasses.replace(error, status=int(status) if re.fullmatch(r"[45]\d\d", status) else 500)
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
         raise TryAgain("broken answer", "the answer holds no choices")
-    return read_choice(choice, body.get("usage"))
+    return read_choice(choice, body.get("usage"), body.get("service_tier"))
 
 
-def read_choice(choice: Mapping[str, Any], usage: Any) -> Reply:
+def read_usage(usage: Mapping[str, Any]) -> Usage:
+    """Return the tokens that an answer reports; what is no plausible number counts as zero."""
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+    counts += [details.get("cached_tokens"), details.get("cache_write_tokens")]
+    return Usage(*(n if isinstance(n, int) and 0 <= n < 10**9 else 0 for n in counts))
+
+
+def read_choice(choice: Mapping[str, Any], usage: Any, tier: Any) -> Reply:
     """Return the reply of a completion's first choice."""
     message = choice["message"]
     content = message.get("content")
@@ -1808,7 +1944,6 @@ def read_choice(choice: Mapping[str, Any], usage: Any) -> Reply:
         ]
         content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
     usage = usage if isinstance(usage, dict) else {}
-    counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
     details = usage.get("completion_tokens_details")
     reasoning = message.get("reasoning") or message.get("reasoning_content")  # Ollama, vLLM; LM Studio, llama.cpp
     return Reply(
@@ -1816,7 +1951,8 @@ def read_choice(choice: Mapping[str, Any], usage: Any) -> Reply:
         finish_reason=str(choice.get("finish_reason") or ""),
         refusal=str(message.get("refusal") or ""),
         has_reasoning=bool(reasoning or (isinstance(details, dict) and details.get("reasoning_tokens"))),
-        usage=Usage(*(n if isinstance(n, int) and 0 <= n < 10**9 else 0 for n in counts)),
+        usage=read_usage(usage),
+        tier=tier if isinstance(tier, str) else "",
     )
 
 
@@ -1871,8 +2007,9 @@ def judge_error(error: ErrorReply, now: datetime, *, first: bool) -> StopRun | F
         return StopRun(f"{STOPS[404]}: {shown}")
     if status in STOPS:
         return StopRun(f"{STOPS[status]}: {shown}")
-    if status == 400 and re.search(r"unsupported_(?:parameter|value)", error.code):
-        return StopRun(f"the server rejects what is asked: {shown}")
+    if is_about_tier(error) or (status == 400 and re.search(r"unsupported_(?:parameter|value)", error.code)):
+        advice = "; unset GETCAP_SERVICE_TIER" if is_about_tier(error) else ""
+        return StopRun(f"the server rejects what is asked: {shown}{advice}")
     if error.retry_after_s > LONGEST_WAIT_S:
         back = now + timedelta(seconds=error.retry_after_s)
         return StopRun(f"the server asks to come back after {back.astimezone():%d %B %H:%M}: {shown}; run again then")
@@ -2063,6 +2200,257 @@ def judge_reply(reply: Reply, *, tags: bool = False) -> str:
             raise FailImage("reasoning only", "set GETCAP_REASONING_EFFORT=none, or raise GETCAP_MAX_TOKENS")
         raise FailImage("empty", f"the answer holds no words; run again, or {by_hand}")
     return text
+
+
+# --------------------------------------------------------------------------------------------------- Money
+
+# How OpenAI's models count an image whose `detail` is left out; the first that fits a model's name is taken. Source:
+# https://developers.openai.com/api/docs/guides/images-vision, and what was billed where its tables disagree.
+PATCH_RULES = (  # model, longest side and most patches that the server keeps, tokens a patch
+    (r"gpt-6|gpt-5\.[6-9]", math.inf, math.inf, 1.2),
+    (r"gpt-5\.5", 6000, 10_000, 1.2),
+    (r"gpt-5\.4(?!-mini|-nano)", 2048, 2500, 1.2),
+    (r"gpt-5\.\d|gpt-5-mini", 2048, 1536, 1.2),
+    (r"gpt-5-nano", 2048, 1536, 1.5),
+    (r"gpt-4\.1-mini", 2048, 1536, 1.62),
+    (r"gpt-4\.1-nano", 2048, 1536, 2.46),
+    (r"o4-mini", 2048, 1536, 1.72),
+)
+TILE_RULES = (  # model, tokens of any image, of each tile
+    (r"gpt-4o-mini", 2833, 5667),
+    (r"gpt-4o|gpt-4\.1", 85, 170),
+    (r"gpt-5", 70, 140),
+    (r"o[13]\b", 75, 150),
+)
+PATCH, TILE, OTHER_PATCH = 32, 512, 28  # pixels; the last is Qwen2.5-VL's, a guess for whoever has no rule
+BYTES_A_TOKEN = 4  # of UTF-8, in English prose
+FRAME_TOKENS = 12  # what is put around a message
+TOKENS_A_WORD = 1.3
+SMALL_IMAGE = 64  # tokens: whether so few were counted does not show
+RESERVE = 2  # times the tokens of the largest prompt are held back for the next request
+BUDGET_NAP_S = 0.05
+
+Price = Callable[[Usage, str], "Decimal"]
+
+
+def count_patches(size: Size, longest: float, most: float) -> int:
+    """Return how many patches of 32 x 32 pixels the server cuts an image into, after its own shrinking."""
+    scale = min(1.0, longest / max(size))
+    width, height = (max(1, int(side * scale)) for side in size)
+    if math.ceil(width / PATCH) * math.ceil(height / PATCH) > most:
+        scale = math.sqrt(PATCH * PATCH * most / (width * height))
+        scale *= min(math.floor(side * scale / PATCH) / (side * scale / PATCH) for side in (width, height))
+        width, height = int(width * scale), int(height * scale)
+    return math.ceil(width / PATCH) * math.ceil(height / PATCH)
+
+
+def image_tokens(model: str, size: Size) -> int:
+    """Return about how many tokens an image of this size is for a model."""
+    name = model.rpartition("/")[2]
+    for pattern, longest, most, tokens in PATCH_RULES:
+        if re.match(pattern, name):
+            return math.ceil(count_patches(size, longest, most) * tokens)
+    for pattern, base, tile in TILE_RULES:
+        if re.match(pattern, name):
+            scale = min(1.0, 2048 / max(size))
+            scale = min(scale, 768 / min(size))  # never enlarged
+            return base + tile * math.prod(math.ceil(side * scale / TILE) for side in size)
+    return math.prod(math.ceil(side / OTHER_PATCH) for side in size)
+
+
+def text_tokens(text: str) -> int:
+    """Return about how many tokens a prompt is."""
+    return len(text.encode()) // BYTES_A_TOKEN + FRAME_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """About how many tokens one image will take."""
+
+    image: int = 0
+    text: int = 0
+    answer: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        """The same as a server counts them."""
+        return Usage(self.image + self.text, self.answer)
+
+
+def estimate(settings: Settings, prompt: str, size: Size) -> Expected:
+    """Return about what one image will take, before anything is asked."""
+    words = settings.max_words or USUAL_WORDS[settings.style]
+    answer = min(settings.max_tokens, round(words * TOKENS_A_WORD))
+    if settings.reasoning_effort not in {"none", "minimal"}:  # thoughts are paid for like an answer
+        answer = settings.max_tokens
+    return Expected(image_tokens(settings.model, size), text_tokens(prompt), answer)
+
+
+def looks_unseen(usage: Usage, expected: Expected) -> bool:
+    """Return whether an answer's tokens are no more than its prompt's text, so that no image may have been counted."""
+    return 0 < usage.prompt <= expected.text and expected.image >= SMALL_IMAGE
+
+
+def find_price(settings: Settings) -> Price | None:
+    """Return what tells the dollars of one request by its usage and service tier, None when prices are not known.
+
+    Each request is to be priced by itself: beyond so many tokens the next are dearer, and a run has more than that.
+    """
+    if settings.price:
+        into, out = settings.price
+        return lambda usage, _tier: (usage.prompt * into + usage.answer * out) / 1_000_000
+    if is_this_machine(settings.base_url):
+        return None
+    from genai_prices import Usage as Counts
+    from genai_prices import calc_price
+
+    @functools.cache
+    def rates(tier: str) -> Any:
+        key = "processing" if tier == "batch" else "service_tier"
+        context: Any = {key: tier} if tier in {"flex", "batch", "priority"} else None
+        found = calc_price(Counts(), settings.model, provider_api_url=settings.base_url, price_context=context)
+        return found.model_price
+
+    def price(usage: Usage, tier: str) -> Decimal:
+        counts = Counts(
+            input_tokens=usage.prompt,
+            output_tokens=usage.answer,
+            cache_read_tokens=min(usage.cached, usage.prompt),
+            cache_write_tokens=min(usage.cache_writes, usage.prompt - min(usage.cached, usage.prompt)),
+        )
+        dollars: Decimal = rates(tier).calc_price(counts)["total_price"]
+        return dollars
+
+    try:
+        price(Usage(1, 1), "default")
+    except (LookupError, ValueError):
+        return None
+    return price
+
+
+def show_dollars(amount: Decimal | float) -> str:
+    """Return an amount of money, small ones to a hundredth of a cent."""
+    return f"${amount:,.2f}" if amount >= 10 else f"${amount:.4f}"
+
+
+def describe_time(seconds: float) -> str:
+    """Return a length of time as a person would say it."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(1, seconds):.0f} s"
+
+
+def describe_cost(settings: Settings, asked: Mapping[Expected, int], pace: float) -> str:
+    """Return what a run is thought to cost, from how many images are alike; `pace` is in images a second, 0 unknown."""
+    totals = [sum(getattr(one, name) * n for one, n in asked.items()) for name in ("image", "text", "answer")]
+    tokens = "about {:,} tokens of images, {:,} of prompts, {:,} of answers".format(*totals)
+    price = find_price(settings)
+    if price is None:
+        cost = (
+            f"the price of {settings.model} at {settings.host} is not known: --price IN OUT (dollars a million tokens)"
+        )
+    else:
+        costs = {
+            tier: sum(price(one.usage, tier) * n for one, n in asked.items()) for tier in ("default", "flex", "batch")
+        }
+        cheaper = [
+            f"{tier} {show_dollars(costs[tier])}" for tier in ("flex", "batch") if costs[tier] < costs["default"]
+        ]
+        cost = ", ".join([f"about {show_dollars(costs['default'])}", *cheaper])
+        if costs[settings.service_tier or "default"] > (settings.max_cost or math.inf):
+            cost += f": --max-cost {show_dollars(settings.max_cost or 0)} will end it early"
+    pace = min(pace or math.inf, settings.throttle_submission_rate or math.inf)
+    images = sum(asked.values())
+    time_s = f"; about {describe_time(images / pace)} at {pace:.1f} a second" if pace < math.inf else ""
+    return f"To ask {settings.model} for {images:,}: {tokens}; {cost}{time_s}"
+
+
+class Bill:
+    """What the answers of a run cost so far, what those on their way may cost, and what it was all thought to cost."""
+
+    def __init__(self, price: Price | None = None, most: Decimal | None = None, tier: str | None = None) -> None:
+        self.usage = Usage()
+        self.spent: Decimal | int = 0
+        self.held: Decimal | int = 0  # for what is on its way, or was lost there and may be billed
+        self.expected: Decimal | int = 0  # of what has been answered
+        self.lost = 0
+        self.tiers: Counter[str] = Counter()  # what answers were billed as, where a tier was asked for
+        self.has_price = price is not None
+        self._price = price
+        self._most = most
+        self._tier = tier
+        self._largest = Usage()
+        self._on_their_way = 0
+
+    def dollars(self, usage: Usage, tier: str = "") -> Decimal | int:
+        """Return what a request costs, 0 when prices are not known."""
+        return self._price(usage, tier or "default") if self._price else 0
+
+    def wait_s(self, most: Usage) -> float:
+        """Return the seconds until the budget may allow a request; raises StopRun when it cannot any more."""
+        if self._most is None or self.spent + self.held + self._worst(most) <= self._most:
+            return 0.0
+        if self._on_their_way:  # they mostly cost less than is held for them
+            return BUDGET_NAP_S
+        spent, worst = show_dollars(self.spent + self.held), show_dollars(self._worst(most))
+        raise StopRun(
+            f"--max-cost {show_dollars(self._most)}: {spent} are spent, and the next request could take {worst}; "
+            "raise it, then run again"
+        )
+
+    def hold(self, most: Usage) -> Decimal | int:
+        """Count a request as spent at its worst, and return that, to be settled when its answer comes."""
+        self._on_their_way += 1
+        worst = self._worst(most)
+        self.held += worst
+        return worst
+
+    def settle(self, held: Decimal | int, answer: Reply | ErrorReply | None) -> Decimal | int:
+        """Count what came back, and return what it cost; of nothing, or an answer without usage, the worst stays."""
+        self._on_their_way -= 1
+        if isinstance(answer, ErrorReply) and (answer.status or answer.code == "unreachable"):  # errors are free
+            self.held -= held
+            return 0
+        if not isinstance(answer, Reply) or not answer.usage.prompt:
+            self.lost += 1
+            return 0
+        self.held -= held
+        cost = self.dollars(answer.usage, answer.tier or self._tier or "")
+        self.spent += cost
+        self.usage += answer.usage
+        self._largest = Usage(*(max(a, b) for a, b in zip(astuple(self._largest), astuple(answer.usage), strict=True)))
+        if self._tier:
+            self.tiers[answer.tier or "not said"] += 1
+        return cost
+
+    def expect(self, usage: Usage) -> None:
+        """Count what an image that has its first answer now had been thought to take."""
+        self.expected += self.dollars(usage, self._tier or "")
+
+    def _worst(self, most: Usage) -> Decimal | int:
+        """Return the most that a request may cost, by what is thought of it and by the largest so far."""
+        prompt = RESERVE * max(most.prompt, self._largest.prompt)
+        return self.dollars(Usage(prompt, max(most.answer, self._largest.answer)))
+
+    def __str__(self) -> str:
+        """The bill as a part of the summary."""
+        parts = [f"{self.usage.prompt:,} tokens in, {self.usage.answer:,} out"]
+        if self.usage.cache_writes:
+            parts.append(f"{self.usage.cache_writes:,} of them written to a cache")
+        if self.has_price:
+            parts.append(show_dollars(self.spent) + self._compare())
+        if self.lost and self.has_price:
+            parts.append(f"at most {show_dollars(self.held)} more for {self.lost:,} answers that never came whole")
+        if self.tiers:
+            parts.append("billed as " + ", ".join(f"{tier} {number:,}" for tier, number in self.tiers.most_common()))
+        return "; ".join(parts)
+
+    def _compare(self) -> str:
+        if not self.expected:
+            return ""
+        off = round(100 * (float(self.spent / self.expected) - 1))
+        return f" ({abs(off)} % {'more' if off > 0 else 'less'} than estimated)" if off else " (as estimated)"
 
 
 # ------------------------------------------------------------------------------------- Trigger and style
@@ -2373,6 +2761,7 @@ class Ticket:
     sent_at: float
     tokens: float  # what it was expected to take
     taken: tuple[float, float]  # of requests and tokens, itself included
+    held: Decimal | int  # dollars that it may cost
 
 
 class Throttle:
@@ -2381,9 +2770,10 @@ class Throttle:
     Requests are sent one after another in the order they came. Who waits holds nothing: its image is ready.
     """
 
-    def __init__(self, rate: float | None, stop: Stop) -> None:
+    def __init__(self, rate: float | None, bill: Bill, stop: Stop) -> None:
         import asyncio
 
+        self._bill = bill
         self._interval_s = 1 / rate if rate else 0.0
         self._requests, self._tokens = Bucket(), Bucket()
         self._tokens_each = 0.0  # of a request, as the answers so far say
@@ -2394,17 +2784,18 @@ class Throttle:
         self._queue = asyncio.Lock()
         self._stop = stop
 
-    async def turn(self) -> Ticket:
-        """Wait until the caller may send one request; raises StopRun when the run ends first."""
+    async def turn(self, most: Usage) -> Ticket:
+        """Wait until the caller may send a request that takes this at most; raises StopRun when the run ends first."""
         async with self._queue:
             self._stop.check()
-            while (wait_s := self._wait_s(time.monotonic())) > 0:
+            while (wait_s := max(self._wait_s(time.monotonic()), self._bill.wait_s(most))) > 0:
                 await self._stop.sleep(min(wait_s, LONGEST_NAP_S))
             now = time.monotonic()
             self._next = max(now, self._next) + max(self._interval_s, 1 / self._pace)
             self._requests.take(1)
             self._tokens.take(self._tokens_each)
-            return Ticket(now, self._tokens_each, (self._requests.taken, self._tokens.taken))
+            taken = (self._requests.taken, self._tokens.taken)
+            return Ticket(now, self._tokens_each, taken, self._bill.hold(most))
 
     def learn(self, ticket: Ticket, limits: Mapping[str, Limit], tokens: int | None) -> None:
         """Correct the pace by an answer: by its headers, and when it is a good one by the tokens that it took."""
@@ -2479,7 +2870,9 @@ class Question:
     path: str  # for messages
     prompt: str
     image: bytes  # a JPEG in base64
+    expected: Expected
     usage: Usage = Usage()
+    dollars: Decimal | int = 0
     attempts: int = 0
 
 
@@ -2492,23 +2885,38 @@ def rate_headers(response: Any) -> dict[str, str]:
     }
 
 
+SOON = timedelta(days=90)
+
+
+async def warn_of_shutdown(client: AsyncOpenAI, model: str, today: date) -> None:
+    """Say when OpenAI switches the model off soon; whatever goes wrong here costs the run nothing.
+
+    Source: https://developers.openai.com/api/reference/resources/models/methods/retrieve.md
+    """
+    with contextlib.suppress(Exception):
+        day = date.fromisoformat((await client.models.retrieve(model, timeout=15)).shutdown_date or "")
+        if day - today <= SOON:
+            log.warning("%s is switched off on %s; GETCAP_MODEL names another", model, day)
+
+
 class Asker:
     """Asks for captions, for all workers: retries, and what one answer taught about the server counts for all."""
 
-    def __init__(self, client: AsyncOpenAI, settings: Settings, recipe: Recipe, stop: Stop) -> None:
+    def __init__(self, client: AsyncOpenAI, settings: Settings, recipe: Recipe, bill: Bill, stop: Stop) -> None:
         import asyncio
 
         from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
-        self.usage = Usage()
+        self._bill = bill
         self._client = client
         self._settings = settings
         self._tags = recipe.style == "tags"
         self._stop = stop
-        self._throttle = Throttle(settings.throttle_submission_rate, stop)
+        self._throttle = Throttle(settings.throttle_submission_rate, bill, stop)
         self._parameters = first_parameters(settings)
         self._proven = False  # whether the server has answered: key, model and address are right then
         self._first = asyncio.Lock()
+        self._warned = False
         self._attempt_often = AsyncRetrying(
             retry=retry_if_exception_type(TryAgain),
             wait=self._wait_s,
@@ -2538,30 +2946,46 @@ class Asker:
 
     async def _attempt(self, question: Question, budget: int) -> str:
         """Ask once; once more for each parameter that the server rejects, of which there are only so many."""
+        most = Usage(question.expected.usage.prompt, self._settings.max_tokens * budget)
         while True:
             sent = self._parameters
-            ticket = await self._throttle.turn()
+            ticket = await self._throttle.turn(most)
             log.debug("%s: asking, %d KB", printable(question.path), len(question.image) // 1000)
             question.attempts += 1
             body = build_request(self._settings.model, question.prompt, sent, budget, question.image)
-            received, headers = await self._post(body)
-            answer = self._without_key(received)
-            tokens = answer.usage.prompt + answer.usage.answer if isinstance(answer, Reply) else None
-            self._throttle.learn(ticket, parse_limits(headers, datetime.now(UTC)), tokens)
+            answer = await self._send(body, ticket, question)
             if isinstance(answer, Reply):
-                self._proven = True
-                self.usage += answer.usage
-                question.usage += answer.usage
                 return judge_reply(answer, tags=self._tags)
             changed = adapt_parameters(sent, answer)
             if changed is None:
                 error = judge_error(answer, datetime.now(UTC), first=not self._proven)
-                if answer.status == 429 and isinstance(error, TryAgain):
+                # flex without room is no limit of ours: https://developers.openai.com/api/docs/guides/flex-processing
+                is_limit = answer.status == 429 and "resource_unavailable" not in answer.code
+                if is_limit and isinstance(error, TryAgain):
                     self._throttle.pause(ticket, answer.retry_after_s)
                 raise error
             if self._parameters is sent:  # else another worker has learnt it meanwhile
                 self._parameters = changed
                 self._log_change(sent, changed, answer.message)
+
+    async def _send(self, body: bytes, ticket: Ticket, question: Question) -> Reply | ErrorReply:
+        """Send one request and count what came back: its limits, its tokens, its cost."""
+        received: Reply | ErrorReply | None = None
+        try:
+            received, headers = await self._post(body)
+        finally:
+            dollars = self._bill.settle(ticket.held, received)
+        answer = self._without_key(received)
+        tokens = answer.usage.prompt + answer.usage.answer if isinstance(answer, Reply) else None
+        self._throttle.learn(ticket, parse_limits(headers, datetime.now(UTC)), tokens)
+        if isinstance(answer, Reply):
+            self._proven = True
+            if not question.usage.prompt:
+                self._bill.expect(question.expected.usage)
+            question.usage += answer.usage
+            question.dollars += dollars
+            self._warn_of_unseen(answer.usage, question)
+        return answer
 
     async def _post(self, body: bytes) -> tuple[Reply | ErrorReply, Mapping[str, str]]:
         """Send one request and return what came back, in whichever shape, and its headers.
@@ -2592,6 +3016,20 @@ class Asker:
         except (ValueError, TypeError) as error:  # an address or header that cannot be sent
             failed = ErrorReply(0, f"cannot ask {self._settings.host}: {shorten(str(error), 120)}", "unreachable")
         return failed, {}
+
+    def _warn_of_unseen(self, usage: Usage, question: Question) -> None:
+        if not self._warned and looks_unseen(usage, question.expected):
+            self._warned = True
+            log.warning(
+                "%s: perhaps no image was seen: the server counts %d prompt tokens, where the text alone has about %d "
+                "and the image about %d; see whether the captions fit the images, and whether %s takes images (some "
+                "servers count wrongly)",
+                printable(question.path),
+                usage.prompt,
+                question.expected.text,
+                question.expected.image,
+                self._settings.model,
+            )
 
     def _without_key(self, answer: Reply | ErrorReply) -> Reply | ErrorReply:
         """Return an answer without the key, which some servers repeat in their errors."""
@@ -2661,7 +3099,7 @@ class Report:
         self.noted: Counter[str] = Counter()
         self.recorded = 0
         self.left = 0  # images that --limit or an early end leaves for the next run
-        self.usage = Usage()
+        self.bill = Bill()
         self.ended_by: StopRun | signal.Signals | None = None
         self._in_a_row: deque[str] = deque(maxlen=MOST_FAILURES_IN_A_ROW)  # reasons
         self._started = started
@@ -2717,7 +3155,7 @@ class Report:
             parts.append(f"left for the next run {self.left:,}")
         done = self.skipped.total() + self.repaired.total() if self._repairs else self.written
         rate = f"{seconds:.1f} s, {done / seconds if seconds else 0:,.1f} a second"
-        tokens = "" if self._repairs else f" {self.usage.prompt:,} tokens in, {self.usage.answer:,} out;"
+        tokens = "" if self._repairs else f" {self.bill};"
         said = f"{', '.join(parts)};{tokens} {rate}"
         return said[0].upper() + said[1:]
 
@@ -2738,7 +3176,10 @@ class Report:
         summary: dict[str, Any] = {"outcome": "summary", "captioned": self.written, "skipped": dict(self.skipped)}
         summary |= {"failed": Counter(failure.reason for failure in self.failed), "left": self.left}
         summary |= {"noted": dict(self.noted), "repaired": dict(self.repaired)}
-        summary |= {"prompt_tokens": self.usage.prompt, "answer_tokens": self.usage.answer}
+        summary |= {"prompt_tokens": self.bill.usage.prompt, "answer_tokens": self.bill.usage.answer}
+        summary |= {"usd": round(float(self.bill.spent), 8)} if self.bill.has_price else {}
+        summary |= {"usd_estimated": round(float(self.bill.expected), 8)} if self.bill.has_price else {}
+        summary |= {"service_tiers": dict(self.bill.tiers)} if self.bill.tiers else {}
         stopped = getattr(self.ended_by, "name", None) or (str(self.ended_by) if self.ended_by else None)
         summary |= {"seconds": round(now - self._started, 3), "stopped": stopped, "exit_code": self.exit_code}
         self._write_line(summary)
@@ -2778,14 +3219,16 @@ def show_progress(total: int | None, report: Report, *, unit: str, quiet: bool) 
     def update(number: int = 1) -> None:
         nonlocal done, said_at
         done += number
-        failed, tokens = len(report.failed) - failed_before, f"{report.usage.prompt + report.usage.answer:,}"
-        bar.set_postfix({"failed": failed, **({"tokens": tokens} if total else {})}, refresh=False)
+        failed, usage = len(report.failed) - failed_before, report.bill.usage
+        tokens = f"{usage.prompt + usage.answer:,} tokens"
+        cost = show_dollars(report.bill.spent) if report.bill.has_price else tokens
+        bar.set_postfix_str(f"{failed} failed, {cost}" if total else f"{failed} failed", refresh=False)
         bar.update(number)
         now = time.monotonic()
         if bar.disable and ((total and 20 * done // total > 20 * (done - 1) // total) or now - said_at >= 30):
             said_at, rate = now, done / max(now - started, 1e-9)
             said = f"{done:,}" + (f" of {total:,}" if total else "") + f", {failed} failed, {rate:.1f} a second"
-            left = f", {timedelta(seconds=round((total - done) / rate))} left, {tokens} tokens" if total else ""
+            left = f", {timedelta(seconds=round((total - done) / rate))} left, {cost}" if total else ""
             log.info("%s%s", said, left)
 
     with bar, logging_redirect_tqdm([log]) if not bar.disable else contextlib.nullcontext():
@@ -3343,6 +3786,22 @@ def read_words(path: str) -> str:
         return ""
 
 
+def make_prompt(recipe: Recipe, job: Job, before: str) -> str:
+    """Return the prompt for one image, whose caption file says `before` so far."""
+    hint = before or read_words(os.path.splitext(job.image)[0] + ".txt")  # tags, where the captions are .caption
+    return fill_prompt(recipe, job.image, hint)
+
+
+def expect(settings: Settings, recipe: Recipe, job: Job) -> Expected:
+    """Return what one image is thought to take, by its header; raises FailImage when it cannot be sent."""
+    try:
+        with open(job.image, "rb", opener=open_regular) as file:
+            size = measure_image(file, settings.max_side)
+    except OSError as error:
+        raise FailImage("unreadable file", str(error.strerror)) from error
+    return estimate(settings, make_prompt(recipe, job, read_words(job.caption)), size)
+
+
 class Twins:
     """Which images hold the same bytes, so that they are asked once, and which captions are the same, which is odd."""
 
@@ -3421,8 +3880,6 @@ class Captioner:
             log.debug("%s: unexpected", printable(job.image), exc_info=True)
             detail = f"{type(error).__name__}: {shorten(str(error))}; please report it (-v)"
             outcome = Failed(job.image, "unexpected", detail, by_server=True)
-        finally:
-            self._report.usage = self._asker.usage
         self._report.record(outcome)
         if reason := self._report.same_failure:
             raise StopRun(
@@ -3441,12 +3898,13 @@ class Captioner:
             return await self._keep(job, entry, swap_trigger(before, job.replaces.trigger, recipe))
         async with self._decoders:
             data, changed_ns = await read_image(job.image)
-            sha256, image = await asyncio.to_thread(self._encode, data)
+            sha256, image, size = await asyncio.to_thread(self._encode, data)
             seen = (sha256, len(data), changed_ns)
             del data
         entry = Entry("captioned", recipe.question, recipe.identity, recipe.trigger.put, *seen)
-        hint = before or read_words(os.path.splitext(job.image)[0] + ".txt")  # tags, where the captions are .caption
-        return await self._ask_once(job, entry, Question(job.image, fill_prompt(recipe, job.image, hint), image))
+        prompt = make_prompt(recipe, job, before)
+        question = Question(job.image, prompt, image, estimate(self._settings, prompt, size))
+        return await self._ask_once(job, entry, question)
 
     async def _ask_once(self, job: Job, entry: Entry, question: Question) -> Outcome:
         """Ask, or share the answer of an image with the same bytes; what was refused goes into the journal."""
@@ -3542,6 +4000,7 @@ class Captioner:
         usage, attempts = (question.usage, question.attempts) if question else (Usage(), 0)
         more: dict[str, Any] = {"image": job.image, "model": self._settings.model, "attempts": attempts}
         more |= {"prompt_tokens": usage.prompt, "answer_tokens": usage.answer}
+        more |= {"usd": round(float(question.dollars), 8)} if question and self._report.bill.has_price else {}
 
         def write() -> bool:
             self._journal.append(job.caption, entry, **more)
@@ -3550,9 +4009,9 @@ class Captioner:
 
         return await asyncio.to_thread(write)
 
-    def _encode(self, data: bytes) -> tuple[str, bytes]:
-        sha256 = hashlib.sha256(data).hexdigest()
-        return sha256, base64.b64encode(prepare_image(data, self._settings.max_side))
+    def _encode(self, data: bytes) -> tuple[str, bytes, Size]:
+        jpeg, size = prepare_image(data, self._settings.max_side)
+        return hashlib.sha256(data).hexdigest(), base64.b64encode(jpeg), size
 
 
 @contextlib.contextmanager
@@ -3585,12 +4044,18 @@ async def caption_images(
     settings: Settings, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
 ) -> None:
     """Caption the images of a plan; the report has the outcomes, and why the run ended early if it did."""
+    import asyncio
+
     stop = Stop()
     before = report.recorded
     with show_progress(len(jobs), report, unit="image", quiet=log.level > logging.INFO) as update, end_on_signals(stop):
         try:
             async with open_client(settings) as client:
-                asker = Asker(client, settings, recipe, stop)
+                aside: list[asyncio.Task[None]] = []
+                if is_openai(settings.base_url):
+                    warning = warn_of_shutdown(client, settings.model, datetime.now(UTC).date())
+                    aside.append(asyncio.create_task(warning))
+                asker = Asker(client, settings, recipe, report.bill, stop)
                 captioner = Captioner(settings, recipe, asker, journal, report, stop)
 
                 async def handle(job: Job) -> None:
@@ -3598,6 +4063,8 @@ async def caption_images(
                     update(1)
 
                 await run_pool(iter(jobs), handle, settings.thread_pool, stop)
+                for task in aside:
+                    task.cancel()
         except (OSError, ValueError, ImportError) as error:  # the connection's own settings
             detail = f"{type(error).__name__}: {shorten(str(error), 120)}"
             stop.set(StopRun(f"no connection can be set up: {detail}; check HTTPS_PROXY and SSL_CERT_FILE"))
@@ -3667,6 +4134,17 @@ def is_untouched(jobs: Iterable[Job]) -> bool:
         return False
 
 
+def open_bill(settings: Settings) -> Bill:
+    """Return the bill of a run; raises SettingsError for a budget that cannot be kept."""
+    price = find_price(settings)
+    if settings.max_cost and price is None:
+        raise SettingsError(
+            f"--max-cost: the price of {settings.model} at {settings.host} is not known; "
+            "--price IN OUT says it, in dollars for a million tokens"
+        )
+    return Bill(price, settings.max_cost, settings.service_tier)
+
+
 def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
     """Caption what has no caption yet, or with --overwrite what is out of date."""
     log.info("prompt: %s; trigger: %s", recipe.prompt_source, printable(recipe.trigger.put) or "none")
@@ -3715,18 +4193,30 @@ def describe_job(job: Job) -> str:
 
 
 def show_plan(settings: Settings) -> int:
-    """Print what a run would do, one image a line, and return the exit code; open no connection, write nothing."""
+    """Print what a run would do, one image a line, and what it would cost; return the exit code.
+
+    Opens no connection and writes nothing; of the images only the headers are read.
+    """
     image_dir = check_folders(settings)
     recipe = read_recipe(settings, os.environ)
+    journal = Journal(settings.caption_dir or image_dir)
     log_remarks(settings, recipe)
     if settings.metadata:
-        check_metadata(settings.metadata, Journal(settings.caption_dir or image_dir))
+        check_metadata(settings.metadata, journal)
     print("\n".join(describe_recipe(recipe)))
     counts = dict.fromkeys(("to caption", "skipped", "left by --limit", "cannot be captioned"), 0)
-    for item in plan_run(settings, image_dir, recipe, Journal(settings.caption_dir or image_dir)):
+    asked: Counter[Expected] = Counter()
+    load_pillow()
+    for planned in plan_run(settings, image_dir, recipe, journal):
+        item: Job | Skipped | Failed = planned
+        left = counts["to caption"] >= (settings.limit or math.inf)
+        if isinstance(item, Job) and not item.trigger_only and not left:
+            try:
+                asked[expect(settings, recipe, item)] += 1
+            except FailImage as error:
+                item = Failed(item.image, error.reason, error.detail)
         match item:
             case Job(path, caption):
-                left = counts["to caption"] >= (settings.limit or math.inf)
                 kind = "left by --limit" if left else "to caption"
                 said = f"{kind} -> {printable(caption)}" if left else describe_job(item)
             case Skipped(path, reason):
@@ -3737,6 +4227,8 @@ def show_plan(settings: Settings) -> int:
         print(f"{printable(path)}: {said}")
     totals = [f"{kind} {number:,}" for kind, number in counts.items() if number or kind == "to caption"]
     print(", ".join(totals).capitalize())
+    if asked:
+        print(describe_cost(settings, asked, journal.pace()))
     return int(counts["cannot be captioned"] > 0)
 
 
@@ -3964,12 +4456,14 @@ def run(settings: Settings) -> int:
         return show_plan(settings)
     image_dir = check_folders(settings)
     check_key(settings)
+    bill = open_bill(settings)
     recipe = read_recipe(settings, os.environ)
     journal = Journal(settings.caption_dir or image_dir)
     if settings.metadata:
         check_metadata(settings.metadata, journal)
 
     def work(report: Report) -> None:
+        report.bill = bill
         try:
             run_captions(settings, image_dir, recipe, report)
         finally:

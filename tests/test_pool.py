@@ -97,11 +97,11 @@ def test_a_stop_wakes_who_sleeps() -> None:
 
 def test_the_throttle_spaces_requests_evenly() -> None:
     async def run() -> list[float]:
-        throttle = gc.Throttle(100, gc.Stop())
+        throttle = gc.Throttle(100, gc.Bill(), gc.Stop())
         turns: list[float] = []
 
         async def take() -> None:
-            await throttle.turn()
+            await throttle.turn(gc.Usage())
             turns.append(time.monotonic())
 
         await asyncio.gather(*(take() for _ in range(21)))
@@ -115,7 +115,7 @@ def test_nobody_gets_a_turn_once_the_run_ends() -> None:
     async def run() -> None:
         stop = gc.Stop()
         stop.set(gc.StopRun("end"))
-        await gc.Throttle(None, stop).turn()
+        await gc.Throttle(None, gc.Bill(), stop).turn(gc.Usage())
 
     with pytest.raises(gc.StopRun):
         asyncio.run(run())

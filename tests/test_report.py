@@ -74,7 +74,7 @@ def test_ten_times_the_same_server_error_without_a_success_is_noticed(outcomes: 
 
 def test_the_summary_names_each_failure_by_reason_and_counts_once() -> None:
     made = report(gc.Failed("z.jpg", "refused", "no"), WRITTEN, OWN_ERROR, gc.Skipped("d", "has a caption", "d.txt"))
-    made.usage = gc.Usage(12_345, 67)
+    made.bill.usage = gc.Usage(12_345, 67)
     assert made.summary(104.0).splitlines() == [
         "c.jpg: not an image",
         "z.jpg: refused",

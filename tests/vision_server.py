@@ -62,6 +62,8 @@ class Script:
     requests_per_minute: float = 0.0  # the x-ratelimit headers tell; over it there is a 429 with Retry-After
     tokens_per_minute: float = 0.0  # the same, counted by the usage of each answer
     check: bool = True  # whether images are decoded
+    tier: str = ""  # what answers are billed as; blank is what was asked for
+    shutdown_date: str | None = None  # of every model, at GET /v1/models/NAME
 
 
 @dataclass
@@ -168,6 +170,11 @@ class VisionServer:
         """GET /stats."""
         return web.json_response(asdict(self.stats))
 
+    async def get_model(self, request: web.Request) -> web.Response:
+        """GET /v1/models/NAME."""
+        model = {"id": request.match_info["model"], "object": "model", "created": 0, "owned_by": "stand-in"}
+        return web.json_response({**model, "shutdown_date": self.script.shutdown_date})
+
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
         stats = self.stats
@@ -267,6 +274,7 @@ class VisionServer:
             "model": body.get("model"),
             "choices": [{"index": 0, "message": message, "finish_reason": step.get("finish_reason", "stop")}],
             "usage": step.get("usage", USAGE),
+            "service_tier": self.script.tier or body.get("service_tier", "default"),
         }
 
     async def fail(self, request: web.Request, fault: str) -> web.StreamResponse:
@@ -295,6 +303,7 @@ def build_app(script: Script) -> web.Application:
     server = VisionServer(script)
     app = web.Application(client_max_size=1 << 30)
     app.router.add_post("/v1/chat/completions", server.complete)
+    app.router.add_get("/v1/models/{model}", server.get_model)
     app.router.add_put("/script", server.set_script)
     app.router.add_put("/limits", server.set_limits)
     app.router.add_get("/stats", server.get_stats)
