@@ -37,6 +37,7 @@ Read it from top to bottom; each room uses only rooms above it:
     Report             counts, progress, summary, exit code
     Encoding           what a file's bytes are, and what they should be
     Repair             the walk through captions and config files that need it
+    Review             what is wrong with a set as the trainer will see it; the page
     Commands, main     one function a command
 
 Exit codes: 0 all done or nothing to do; 1 some images failed; 2 usage or settings; 3 the run was stopped
@@ -76,7 +77,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from string import Formatter
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:  # imported where they are needed, asyncio too: --help, -n and usage errors must not wait for them
     import asyncio
@@ -210,6 +211,13 @@ def parse_metadata(text: str) -> str:
     return text
 
 
+def parse_page(text: str) -> str:
+    """Return the path of a page."""
+    if not text.lower().endswith((".html", ".htm")):
+        raise ValueError
+    return text
+
+
 def parse_encoding(text: str) -> str:
     """Return the name of a text encoding; base64 and its like are a ValueError."""
     try:
@@ -256,6 +264,7 @@ def parse_price(text: str) -> tuple[Decimal, Decimal]:
 TEXT = Kind(str, "some text", "TEXT")
 FOLDER = Kind(Path, "a folder", "FOLDER")
 FILE = Kind(str, "a file, or - for standard output", "FILE")
+PAGE_FILE = Kind(parse_page, "a file whose name ends in .html", "FILE")
 SWITCH = Kind(bool, "", "")
 SECRET = Kind(parse_key, "a key of printable ASCII characters without spaces", "")  # never a flag: others see those
 URL = Kind(parse_url, "a URL such as http://localhost:11434/v1, without a user or a query", "URL")
@@ -371,6 +380,12 @@ class Settings:
         REPAIR, SWITCH, "make captions and config files UTF-8, and repair their letters", False
     )
     encoding: str | None = setting(REPAIR, ENCODING, "with --fix-encoding: what the files are that are not UTF-8")
+    review: str | bool = setting(
+        REPAIR,
+        PAGE_FILE,
+        "find what is wrong with the captions, and show all on a page; beside them when left out",
+        False,
+    )
     undo: bool = setting(REPAIR, SWITCH, "put back what the last --overwrite or --fix-encoding replaced", False)
 
     @property
@@ -427,6 +442,7 @@ def build_parser() -> Parser:
         elif spec.kind is not SECRET:
             words = spec.kind.metavar.split()
             values: dict[str, Any] = {"nargs": len(words), "metavar": tuple(words)} if len(words) > 1 else {}
+            values |= {"nargs": "?", "const": True} if spec.kind is PAGE_FILE else {}
             groups[spec.group].add_argument(*flags, **{"metavar": words[0], **values}, help=spec.help + note)
     groups[SHOW].add_argument("-V", "--version", action="version", version=f"gen-captions {__version__}")
     groups[SHOW].add_argument("-h", "--help", action="help", help="show this and stop")
@@ -551,7 +567,7 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
 class Entry:
     """What the journal says of one image: what was asked, of which bytes, and what became of it."""
 
-    outcome: str  # captioned, refused, repaired
+    outcome: str = ""  # captioned, refused, repaired, metadata
     question: str = ""  # fingerprint of model and prompt: what a refusal answers
     recipe: str = ""  # fingerprint of those and the style: what a caption is made from, but for its trigger
     trigger: str = ""
@@ -559,6 +575,17 @@ class Entry:
     image_size: int = 0
     image_mtime_ns: int = 0
     caption_sha256: str = ""
+    model: str = ""
+    usd: float = 0.0  # 0 where the price is not known
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is wrong with one file, or with the set: its kind is mostly one of FINDINGS."""
+
+    kind: str
+    path: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -595,7 +622,9 @@ class Recipe:
     caption_ext: str = "txt"
     ext_source: str = "the default"
     is_own_prompt: bool = False  # the user's: only that can name the trigger
+    architecture: str = ""  # of the model that is trained
     remarks: tuple[str, ...] = ()  # what the user should know about the config folder
+    findings: tuple[Finding, ...] = ()  # why the trainer would not read the captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -879,11 +908,11 @@ def parse_entry(line: bytes) -> tuple[str, Entry] | None:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("caption"), str):
         return None
-    values = {item.name: found.get(item.name, "") for item in dataclasses.fields(Entry)}
-    if not all(isinstance(value, str | int) for value in values.values()):
+    values = {item.name: found.get(item.name, item.default) for item in dataclasses.fields(Entry)}
+    if not all(isinstance(value, str | int | float) for value in values.values()):
         return None
     # most lines share these, and 100,000 of them are held
-    same = {name: sys.intern(str(values[name])) for name in ("outcome", "question", "recipe", "trigger")}
+    same = {name: sys.intern(str(values[name])) for name in ("outcome", "question", "recipe", "trigger", "model")}
     return found["caption"], Entry(**{**values, **same})
 
 
@@ -1246,6 +1275,7 @@ class Dataset:
     trigger: str = ""
     caption_ext: str = "txt"
     is_reg: bool = False
+    architecture: str = ""  # of the model that is trained
 
 
 def placeholders(template: str, source: str) -> set[str]:
@@ -1296,6 +1326,15 @@ def as_text(value: Any, where: str, remarks: list[str]) -> str:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
+def read_architecture(model: Any) -> str:
+    """Return the name of the model that a process trains, as its job file has it: arch, an old flag, or the path."""
+    if not isinstance(model, dict):
+        return ""
+    flags = (flag.removeprefix("is_").replace("xl", "sdxl") for flag in ("is_xl", "is_flux") if model.get(flag) is True)
+    path = str(model.get("name_or_path") or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return str(model.get("arch") or next(flags, path))
+
+
 def read_dataset(found: Mapping[str, Any], inherited: Any, file: str, name: str, remarks: list[str]) -> Dataset:
     """Return a dataset of a job file, with the defaults of ai-toolkit's DatasetConfig (toolkit/config_modules.py)."""
 
@@ -1331,7 +1370,9 @@ def read_job(document: Any, file: str, remarks: list[str]) -> list[Dataset]:
         word = process.get("trigger_word")
         own = process.get("datasets")
         own = [found for found in own if isinstance(found, dict)] if isinstance(own, list) else []
-        datasets += [read_dataset(found, word, file, name, remarks) for found in own or [{}]]
+        read = [read_dataset(found, word, file, name, remarks) for found in own or [{}]]
+        architecture = read_architecture(process.get("model"))
+        datasets += [dataclasses.replace(dataset, architecture=architecture) for dataset in read]
     return datasets
 
 
@@ -1479,17 +1520,22 @@ def choose_prompt(settings: Settings) -> tuple[str | None, str]:
     return from_file, own or f"built in, {settings.style}"
 
 
-def remark_on_places(settings: Settings, matching: Sequence[Dataset]) -> list[str]:
-    """Return the remark that the trainer will not find captions that lie elsewhere than the images."""
-    image_dir, caption_dir = settings.image_dir, settings.caption_dir
-    if not image_dir or not caption_dir or os.path.realpath(image_dir) == os.path.realpath(caption_dir):
-        return []
-    beside = [item for item in matching if last_part(item.folder) == last_part(os.path.realpath(image_dir))]
-    return [
-        f"{item.file}: the trainer looks for captions beside the images, not in {printable(str(caption_dir))}; leave "
-        "--caption-dir out, or keep them in one file with --metadata FILE.json and set dataset_path to that"
-        for item in beside[:1]
-    ]
+def find_unread(settings: Settings, matching: Sequence[Dataset]) -> list[Finding]:
+    """Return why the trainer of the job files would not read captions that lie elsewhere, or are called otherwise."""
+    image_dir, caption_dir, ext = settings.image_dir, settings.caption_dir, settings.caption_ext
+    found = []
+    if image_dir and caption_dir and os.path.realpath(image_dir) != os.path.realpath(caption_dir):
+        detail = (
+            f"the trainer looks for captions beside the images, not in {printable(str(caption_dir))}; leave "
+            "--caption-dir out, or keep them in one file with --metadata FILE.json and set dataset_path to that"
+        )
+        beside = (item for item in matching if last_part(item.folder) == last_part(os.path.realpath(image_dir)))
+        found += [Finding("captions elsewhere", item.file, detail) for item in beside][:1]
+    for item in matching:
+        if ext and item.caption_ext.removeprefix(".") != ext:
+            detail = f"the trainer reads captions that end in {printable(item.caption_ext)}, not in {ext}"
+            return [*found, Finding("extension not read", item.file, detail)]
+    return found
 
 
 def read_recipe(settings: Settings, environ: Mapping[str, str]) -> Recipe:
@@ -1524,7 +1570,9 @@ def read_recipe(settings: Settings, environ: Mapping[str, str]) -> Recipe:
         caption_ext=ext,
         ext_source=ext_source,
         is_own_prompt=own is not None,
-        remarks=(*remarks, *remark_on_trigger(trigger, matching), *remark_on_places(settings, matching)),
+        architecture=next((item.architecture for item in matching or datasets), ""),
+        remarks=(*remarks, *remark_on_trigger(trigger, matching)),
+        findings=tuple(find_unread(settings, matching)),
     )
 
 
@@ -3756,6 +3804,501 @@ def run_repair(settings: Settings, roots: Sequence[str], report: Report) -> None
             journal.close()
 
 
+# -------------------------------------------------------------------------------------------------- Review
+
+FIX = "repair it with --fix-encoding"
+RENEW = "delete the caption and run again, or write it by hand"
+FINDINGS = {  # what each does in training, and what to do about it
+    "no caption": ("is trained with the trigger alone, or stops the training", "run this without --review"),
+    "blank caption": ("counts as none", "run this without --review"),
+    "caption without an image": ("is never read", "delete it, or bring its image back"),
+    "shared caption file": ("two images are trained with one caption", "rename one of them"),
+    "another extension": ("the trainer does not read it and trains without words", "rename it, or set caption_ext"),
+    "extension not read": ("the trainer reads other files", "leave --caption-ext out, or set caption_ext"),
+    "captions elsewhere": ("the trainer looks beside the images", "move them there, or use --metadata"),
+    "format not read": ("ai-toolkit passes over all but jpg, jpeg, png and webp in silence", "convert it"),
+    "wrong suffix": ("programs that go by the name mistake it", "rename it"),
+    "not an image": ("the trainer stops at it, or passes it over", "open it in a viewer and save it again"),
+    "merged names": ("ai-toolkit's upload writes _ for other characters: one replaces the other", "rename one"),
+    "not UTF-8": ("ends the training at the moment it is read", FIX),
+    "BOM": ("an invisible character opens the caption", FIX),
+    "C1 controls": ("invisible characters are trained", FIX),
+    "mojibake": ("letters are trained as nonsense", FIX),
+    "damaged letters": ("letters lost before are trained as marks", "write them again"),
+    "several lines": ("sd-scripts reads the first; SimpleTuner and OneTrainer pick one of them", "join them"),
+    "refused": ("a refusal is trained", RENEW),
+    "error text": ("an error message is trained", RENEW),
+    "reasoning": ("a model's thoughts are trained", RENEW),
+    "looping": ("a phrase said over and over is trained", RENEW),
+    "empty": ("there are no words to train", RENEW),
+    "opening": ("words about the picture as a picture teach nothing", "delete them"),
+    "markup": ("its marks are trained like words", "delete them"),
+    "cut off": ("half a sentence is trained", RENEW),
+    "wrong script": ("the text encoder reads another language than in the rest of the set", RENEW),
+    "trigger missing": ("ai-toolkit puts it in front, others train without it", "write it, or let --trigger do so"),
+    "trigger twice": ("it stands where something else is meant", "leave one"),
+    "trigger in another case": ("trainers do not know it again", "write it as in the job file"),
+    "trigger in a word": ("ai-toolkit takes that for the trigger, and adds none", "take one that is no part of a word"),
+    "excluded words": ("the trait is bound to these words, not to the trigger", "take them out"),
+    "no tags": ("tags were asked for", RENEW),
+    "too long": ("what stands at its end is not read", "shorten it; --max-words makes shorter ones"),
+    "identical captions": ("different images are trained as the same", "see whether the model looked"),
+}  # fmt: skip
+OTHER_FINDING = ("the trainer stops at it or passes it over", "see to it by hand")
+TRAINED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # ai-toolkit, toolkit/data_loader.py
+CAPTION_SUFFIXES = (".txt", ".caption", ".tags")
+FORMAT_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "GIF": (".gif",),
+    "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "AVIF": (".avif",), "HEIF": (".heic", ".heif"),
+}  # fmt: skip
+TOKEN_LIMITS_OF_MODELS = (  # by a job file's arch or name_or_path; CLIP's 77 include two marks
+    (r"(?i)sdxl|sd_?xl|sd15|sd_?1|stable-diffusion|pony|illustrious", 75),
+    (r"(?i)hidream", 128),
+    (r"(?i)pixart.*sigma", 300),
+    (r"(?i)pixart", 120),
+    (r"(?i)auraflow|lumina|omnigen", 256),
+    (r"(?i)ltx", 1024),
+    (r"(?i)flux|flex|wan|chroma|kontext|anima|krea|qwen", 512),
+)
+ABOUT_IMAGE = (
+    r"(?i)(?:this|the) (?:\w+ ){0,2}(?:image|photo(?:graph)?|picture|illustration|drawing|painting)(?: \w+)?"
+    r" (?:shows?|depicts?|features?|captures?|presents?|displays?|portrays?|is of)\b"
+)
+DANGLING = r"(?i)(?:[,:;–—-]|\b(?:an?|the|of|with|and|or|in|on|at|to|is|are|as|by|for|from|her|his|its|their))$"
+ENDED = r"[.!?…。！？\"”’')\]]$"
+LONGEST_PHRASE = 5  # words
+FEW_PHRASES = 10  # that are printed
+TAUGHT = 0.8  # of the captions: a fragment in as many is what the set teaches, whether meant or not
+MANY = 0.05
+FEW_CAPTIONS = 5  # in which nothing is frequent yet
+STOP_WORDS = re.compile(
+    r"a|an|the|and|or|of|in|on|at|to|with|from|by|for|as|is|are|was|were|be|been|has|have|had|it|its|this|that|his|her"
+    r"|their|they|he|she|who|which|while|there|into|over|under|near|behind|beside|between|up|down|out|off|one|two"
+)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One image and its caption as a trainer reads them; what there is not, is blank."""
+
+    image: str
+    caption: str = ""
+    text: str = ""
+    findings: list[Finding] = field(default_factory=list)
+    made: Entry | None = None  # what the journal knows of it
+    edited: bool = False  # since it was made
+
+    def find(self, kind: str, detail: str = "") -> None:
+        """Add a finding, which is named by the caption where there is one."""
+        self.findings.append(Finding(kind, self.caption or self.image, detail))
+
+
+def read_caption(data: bytes) -> tuple[str, list[tuple[str, str]]]:
+    """Return what a caption file says, and what is wrong with its bytes and lines: kinds and details."""
+    decoding = decode_text(data)
+    if decoding.kind in {"unclear", "no text"}:
+        text = data.decode("utf-8", "replace")
+        return text.strip(), [("damaged letters" if decode_utf8(data) is not None else "not UTF-8", decoding.why)]
+    faults = []
+    for kind in decoding.kind.split(", ") if decoding.kind != "right" else ():
+        faults.append((kind, "") if kind in FINDINGS else ("not UTF-8", f"it is {kind}"))
+    text = decoding.text.strip()
+    if len(lines := text.splitlines()) > 1:
+        faults.append(("several lines", f"{len(lines)} lines"))
+    return text, faults
+
+
+def find_chatter(text: str, recipe: Recipe) -> list[tuple[str, str]]:
+    """Return what in a caption is a chat model's and no caption, by the rules that answers are judged by."""
+    tags = recipe.style == "tags"
+    bare = re.sub(rf"^{find_mention(recipe.trigger, word=True)}[\s,.:]*", "", text)
+    try:
+        cleaned = judge_reply(Reply(bare, "stop", "", has_reasoning=False, usage=Usage()), tags=tags)
+    except FailImage as error:
+        return [(error.reason.removesuffix(" only"), shorten(text, 80))]
+    if strip_reasoning(bare) != bare:
+        return [("reasoning", shorten(text, 80))]
+    opening = re.match(OPENING, bare) or re.match(ABOUT_IMAGE, bare)
+    faults = [("opening", shorten(opening[0], 80))] if opening else []
+    as_one_line = " ".join((", " if tags else " ").join(bare.splitlines()).split())
+    if cleaned != as_one_line and not re.match(OPENING, bare):
+        faults.append(("markup", f"would read {shorten(cleaned, 80)}"))
+    return faults
+
+
+def is_cut_off(text: str) -> bool:
+    """Return whether a caption ends in mid-sentence: after a word that needs another, or with its last stop missing."""
+    if re.search(DANGLING, text):
+        return True
+    has_sentences = len(split_text(text, SENTENCE_END)) > 1
+    return has_sentences and not re.search(ENDED, text)
+
+
+def find_trigger_faults(text: str, trigger: Trigger) -> list[tuple[str, str]]:
+    """Return what is wrong with the trigger in a caption, by what ai-toolkit does (toolkit/prompt_utils.py)."""
+    if not trigger.put:
+        return []
+    word = rf"|(?<!\w){re.escape(trigger.word)}(?!\w)" if trigger.word else ""
+    exact = re.findall(rf"\[(?:trigger|name)\]{word}", text)
+    if exact:
+        many = len(exact) > 1 and not is_ordinary(trigger.word)
+        return [("trigger twice", f"{len(exact)} times")] if many else []
+    if loose := re.search(find_mention(trigger, word=True), text):
+        return [("trigger in another case", loose[0])]
+    if inside := find_hiding(trigger.word, text):
+        return [("trigger in a word", f"{trigger.word} in {inside}")]
+    return [("trigger missing", trigger.word or trigger.put)]
+
+
+def caption_tokens(text: str) -> int:
+    """Return about how many tokens a caption is for a text encoder."""
+    signs = len(re.findall(f"[{HAN}ぁ-ヿ가-힣]", text))
+    return signs + round(TOKENS_A_WORD * count_words(re.sub(f"[{HAN}ぁ-ヿ가-힣]", "", text)))
+
+
+def token_limit(architecture: str) -> int | None:
+    """Return how many tokens of a caption a model reads, by the name that a job file gives it; None when unknown."""
+    return next((limit for pattern, limit in TOKEN_LIMITS_OF_MODELS if re.search(pattern, architecture)), None)
+
+
+def judge_caption(text: str, recipe: Recipe) -> list[tuple[str, str]]:
+    """Return what is wrong with one caption's words: kinds and details."""
+    faults = find_chatter(text, recipe)
+    is_caption = all(kind in {"opening", "markup"} for kind, _ in faults)
+    if is_caption and recipe.style != "tags" and is_cut_off(text):
+        faults.append(("cut off", f"…{shorten(text[-40:])}"))
+    faults += find_trigger_faults(text, recipe.trigger)
+    faults += find_faults(text, recipe)
+    limit, tokens = token_limit(recipe.architecture), caption_tokens(text)
+    if limit and tokens > limit:
+        faults.append(("too long", f"about {tokens} tokens, where {recipe.architecture} reads {limit}"))
+    return faults
+
+
+def judge_name(name: str, image_format: str) -> list[tuple[str, str]]:
+    """Return what is wrong with an image's name, by what it holds."""
+    suffix = os.path.splitext(name)[1].lower()
+    faults = [] if suffix in TRAINED_SUFFIXES else [("format not read", suffix)]
+    if suffix not in FORMAT_SUFFIXES.get(image_format, (suffix,)):
+        faults.append(("wrong suffix", f"it holds a {image_format}"))
+    return faults
+
+
+def find_scripts(text: str) -> Counter[str]:
+    """Return how many letters of each script a caption has; what is quoted is copied from the image."""
+    bare = re.sub(QUOTED, "", text)
+    names = (unicodedata.name(c, "").split(" ")[0] for c in re.findall(r"[^\x00-\x7f]", bare) if c.isalpha())
+    found = Counter({"HIRAGANA": "CJK", "KATAKANA": "CJK", "FULLWIDTH": "LATIN"}.get(name, name) for name in names)
+    found["LATIN"] += len(re.findall("[A-Za-z]", bare))
+    return found
+
+
+def judge_set(samples: Sequence[Sample]) -> None:
+    """Add what shows only beside the rest of the set: captions alike, another script, names that become the same."""
+    captioned = [sample for sample in samples if sample.text]
+    first: dict[str, Sample] = {}
+    for sample in captioned:
+        twin = first.setdefault(" ".join(sample.text.casefold().split()), sample)
+        if twin is not sample:
+            sample.find("identical captions", f"the same as {printable(twin.caption)}")
+    scripts = [find_scripts(sample.text) for sample in captioned]
+    usual = Counter(max(found, key=found.__getitem__) for found in scripts).most_common(1)
+    for sample, found in zip(captioned, scripts, strict=True):
+        others = [name for name, number in found.items() if number > 1 and name not in {usual[0][0], "LATIN"}]
+        if others or not found[usual[0][0]]:
+            sample.find("wrong script", ", ".join(others).lower() or "latin")
+    names: dict[tuple[str, str], str] = {}
+    for sample in filter(lambda sample: sample.image, samples):
+        folder, name = os.path.split(sample.image)
+        other = names.setdefault((folder, re.sub(r"[^a-zA-Z0-9.-]", "_", name)), name)
+        if other != name:
+            sample.findings.append(Finding("merged names", sample.image, f"with {printable(other)}"))
+
+
+def count_phrases(texts: Sequence[str], least: int) -> dict[tuple[str, ...], int]:
+    """Return in how many texts each phrase of up to five words stands, for those in `least` texts and more."""
+    words = [re.findall(r"\w+(?:['’-]\w+)*", text.casefold()) for text in texts]
+    found: dict[tuple[str, ...], int] = {}
+    for size in range(1, LONGEST_PHRASE + 1):
+        counts: Counter[tuple[str, ...]] = Counter()
+        for text in words:
+            phrases = {tuple(text[n : n + size]) for n in range(len(text) - size + 1)}
+            # only what has frequent parts can be frequent itself, which keeps this small
+            counts.update(p for p in phrases if size == 1 or (p[:-1] in found and p[1:] in found))
+        found |= {phrase: number for phrase, number in counts.items() if number >= least}
+    return found
+
+
+def find_phrases(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """Return the phrases that stand in many captions and their shares, the most frequent first, of each the longest."""
+    if len(texts) < FEW_CAPTIONS:
+        return []
+    least = max(3, math.ceil(MANY * len(texts)))
+    counts = count_phrases(texts, least)
+    telling = {p: n for p, n in counts.items() if not any(map(STOP_WORDS.fullmatch, (p[0], p[-1])))}
+    inner: dict[tuple[str, ...], int] = {}  # of each phrase, how often it stands in a longer one
+    for phrase, number in telling.items():
+        for start, end in itertools.combinations(range(len(phrase) + 1), 2):
+            if end - start < len(phrase):
+                inner[phrase[start:end]] = max(number, inner.get(phrase[start:end], 0))
+    longest = [(p, n) for p, n in telling.items() if n > 1.1 * inner.get(p, 0)]
+    longest = [(p, n) for p, n in longest if len(p) > 1 or n >= TAUGHT * len(texts)]
+    longest.sort(key=lambda item: (-item[1], item[0]))
+    return [(" ".join(phrase), number / len(texts)) for phrase, number in longest]
+
+
+def explain(kind: str) -> str:
+    """Return what a kind of finding does in training, and what to do about it."""
+    return "; ".join(FINDINGS.get(kind, OTHER_FINDING)) + "."
+
+
+def describe_findings(findings: Iterable[Finding]) -> list[str]:
+    """Return the findings as lines: of each kind what it does and what to do, then its files."""
+    by_kind: dict[str, list[Finding]] = {kind: [] for kind in FINDINGS}
+    for finding in findings:
+        by_kind.setdefault(finding.kind, []).append(finding)
+    lines = []
+    for kind, found in by_kind.items():
+        if found:
+            lines.append(f"{kind[0].upper()}{kind[1:]} ({len(found):,}): {explain(kind)}")
+            lines += [f"    {printable(f.path)}" + (f": {printable(f.detail)}" if f.detail else "") for f in found]
+    return lines
+
+
+def describe_set(samples: Sequence[Sample], phrases: Sequence[tuple[str, float]]) -> list[str]:
+    """Return what the set is as a whole: how long its captions are, and what it teaches whether meant or not."""
+    words = sorted(count_words(sample.text) for sample in samples if sample.text)
+    images, spent = sum(bool(sample.image) for sample in samples), sum(s.made.usd for s in samples if s.made)
+    edited = sum(sample.edited for sample in samples)
+    said = [f"Images {images:,}, captions {len(words):,}"]
+    said += [f"{words[0]} to {words[-1]} words, {words[len(words) // 2]} in the middle"] if words else []
+    said += [f"{edited:,} edited by hand since they were made"] if edited else []
+    said += [f"{show_dollars(spent)} spent on them"] if spent else []
+    taught = [f'"{phrase}" {share:.0%}' for phrase, share in phrases if share >= TAUGHT]
+    often = [f'"{phrase}" {share:.0%}' for phrase, share in phrases if share < TAUGHT][:FEW_PHRASES]
+    lines = ["; ".join(said)]
+    lines += (
+        [f"In nearly every caption, so bound to these words and not to the trigger: {', '.join(taught)}"]
+        if taught
+        else []
+    )
+    return lines + ([f"Most frequent phrases: {', '.join(often)}"] if often else [])
+
+
+PAGE_MARK = "<!doctype html><!-- gen-captions --review -->"  # so that only pages of ours are replaced
+PAGE_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1a; --faint: #6a6862; --paper: #f6f5f2; --card: #fff; --line: #dddad2;
+  --mark: #9c3d12; --markpaper: #fbeee6; --bar: #b9b4a6 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e9e7e1; --faint: #a19d93; --paper: #171715; --card: #21201e;
+  --line: #38362f; --mark: #f0a27c; --markpaper: #3a251a; --bar: #5d594e } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 110rem; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem); background: var(--paper);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
+h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1rem; margin: 0 0 .4rem }
+header p { margin: .2rem 0 1.2rem; color: var(--faint) }
+.overview { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.5rem;
+  margin-bottom: 1.5rem }
+.bars { display: block; width: 100%; height: 5rem; fill: var(--bar) }
+.scale { display: flex; justify-content: space-between; color: var(--faint); font-size: .8rem }
+.chips { display: flex; flex-wrap: wrap; gap: .4rem; margin: 0; padding: 0; list-style: none }
+button, input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+  border-radius: .4rem; padding: .25rem .6rem }
+button { cursor: pointer } button[aria-pressed=true] { background: var(--ink); color: var(--paper) }
+button:focus-visible, input:focus-visible, select:focus-visible { outline: 2px solid var(--mark); outline-offset: 1px }
+.chips span { color: var(--faint) } button[aria-pressed=true] span { color: inherit }
+#advice { min-height: 1.5em; margin: .5rem 0 0; color: var(--mark) }
+.tools { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .6rem; align-items: center;
+  padding: .6rem 0; background: var(--paper) }
+.tools input { flex: 1 1 14rem } .tools output { color: var(--faint) }
+#sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1rem; margin: 0;
+  padding: 0; list-style: none }
+#sheet > li { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow: hidden;
+  content-visibility: auto; contain-intrinsic-size: auto 30rem }
+#sheet img { display: block; width: 100%; height: 15rem; object-fit: contain; background: var(--line) }
+#sheet a:not([href]) { display: none }
+.text { padding: .7rem .8rem } .text > * { margin: 0 0 .4rem; overflow-wrap: anywhere }
+.caption { white-space: pre-wrap } .name, .facts { color: var(--faint); font-size: .8rem }
+.finding { color: var(--mark); background: var(--markpaper); border-radius: .3rem; padding: .1rem .4rem;
+  font-size: .85rem }
+"""
+PAGE_SCRIPT = """
+const { kinds, samples } = JSON.parse(document.getElementById("data").textContent)
+const get = id => document.getElementById(id)
+const sheet = get("sheet"), card = get("card").content, end = get("end"), chosen = new Set()
+let shown = [], drawn = 0
+
+function draw(sample) {
+  const item = card.cloneNode(true), put = (name, text) => { item.querySelector(name).textContent = text }
+  if (sample.href) {
+    item.querySelector("a").href = sample.href
+    item.querySelector("img").src = sample.href
+    item.querySelector("img").alt = "image " + sample.name
+  }
+  put(".name", sample.name)
+  put(".caption", sample.text)
+  put(".facts", sample.facts)
+  for (const [kind, detail] of sample.findings) {
+    const line = document.createElement("p")
+    line.className = "finding"
+    line.textContent = kinds[kind].name + (detail ? ": " + detail : "")
+    item.querySelector(".text").append(line)
+  }
+  return item
+}
+function more() {
+  sheet.append(...shown.slice(drawn, drawn + 60).map(draw))
+  drawn = Math.min(drawn + 60, shown.length)
+}
+function refresh() {
+  const sought = get("search").value.toLocaleLowerCase(), order = get("order").value
+  shown = samples.filter(s => (!chosen.size || s.findings.some(([kind]) => chosen.has(kind)))
+    && (s.name + "\\n" + s.text).toLocaleLowerCase().includes(sought))
+  if (order === "longest") shown.sort((a, b) => b.words - a.words)
+  if (order === "shortest") shown.sort((a, b) => a.words - b.words)
+  get("count").value = `${shown.length} of ${samples.length} shown`
+  get("advice").textContent = [...chosen].map(kind => `${kinds[kind].name}: ${kinds[kind].advice}`).join(" ")
+  sheet.replaceChildren()
+  drawn = 0
+  more()
+}
+get("kinds").addEventListener("click", event => {
+  const button = event.target.closest("button")
+  if (!button) return
+  const kind = Number(button.value), on = !chosen.has(kind)
+  on ? chosen.add(kind) : chosen.delete(kind)
+  button.setAttribute("aria-pressed", on)
+  refresh()
+})
+get("phrases").addEventListener("click", event => {
+  const button = event.target.closest("button")
+  if (button) { get("search").value = button.value; refresh() }
+})
+get("search").addEventListener("input", refresh)
+get("order").addEventListener("change", refresh)
+new IntersectionObserver(seen => seen[0].isIntersecting && more(), { rootMargin: "1500px" }).observe(end)
+refresh()
+"""
+PAGE = """{mark}
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{title}</title><style>{style}</style></head><body>
+<header><h1>{title}</h1><p>{summary}</p></header>
+<div class="overview">
+<section aria-labelledby="found"><h2 id="found">Findings</h2><ul class="chips" id="kinds">{kinds}</ul>
+{notes}<p id="advice" aria-live="polite"></p></section>
+<section aria-labelledby="lengths"><h2 id="lengths">Words in a caption</h2>{bars}</section>
+<section aria-labelledby="said"><h2 id="said">Phrases and the share of captions with them</h2>
+<ul class="chips" id="phrases">{phrases}</ul></section></div>
+<main><div class="tools"><input id="search" type="search" placeholder="Search names and captions"
+aria-label="Search names and captions"><select id="order" aria-label="Order"><option value="name">By name</option>
+<option value="longest">Longest first</option><option value="shortest">Shortest first</option></select>
+<output id="count" aria-live="polite"></output></div>
+<noscript>This page needs JavaScript, which is all in this file.</noscript>
+<ul id="sheet"></ul><div id="end"></div></main>
+<template id="card"><li><a target="_blank"><img loading="lazy" decoding="async"></a><div class="text">
+<p class="name"></p><p class="caption" dir="auto"></p><p class="facts"></p></div></li></template>
+<script type="application/json" id="data">{data}</script><script>{script}</script></body></html>
+"""
+BARS, MOST_PHRASES = 24, 30
+
+
+def find_relative(path: str, page_dir: str) -> str:
+    """Return the path of a file as seen from a page, with slashes."""
+    try:
+        return os.path.relpath(os.path.abspath(path), os.path.abspath(page_dir)).replace(os.sep, "/")
+    except ValueError:  # another drive
+        return Path(os.path.abspath(path)).as_uri()
+
+
+def describe_origin(sample: Sample) -> str:
+    """Return the small facts about a caption: its length, and what the journal knows of it."""
+    if not sample.text:
+        return ""
+    facts = [f"{count_words(sample.text):,} words", f"about {caption_tokens(sample.text):,} tokens"]
+    if sample.made:
+        facts += filter(None, (sample.made.model, show_dollars(sample.made.usd) if sample.made.usd else ""))
+        facts += ["edited since"] * sample.edited
+    return " · ".join(facts)
+
+
+def draw_bars(samples: Iterable[Sample]) -> str:
+    """Return the histogram of the captions' lengths in words, as SVG with its scale."""
+    words = [count_words(sample.text) for sample in samples if sample.text] or [0]
+    low, high = min(words), max(words)
+    width = max(1, math.ceil((high - low + 1) / BARS))
+    counts = Counter((number - low) // width for number in words)
+    most, columns = max(counts.values()), (high - low) // width + 1
+    tall = {n: max(1, round(100 * counts[n] / most)) for n in counts}
+    bars = "".join(f'<rect x="{n + 0.05}" y="{100 - tall[n]}" width=".9" height="{tall[n]}"/>' for n in sorted(tall))
+    label = f"{len(words):,} captions of {low} to {high} words"
+    svg = f'<svg class="bars" viewBox="0 0 {columns} 100" preserveAspectRatio="none" role="img" aria-label="{label}">'
+    return f'{svg}{bars}</svg><div class="scale"><span>{low}</span><span>{high}</span></div>'
+
+
+def hash_source(text: str) -> str:
+    """Return what a Content Security Policy calls a script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def build_rows(samples: Sequence[Sample], kinds: Sequence[str], page_dir: str) -> list[dict[str, Any]]:
+    """Return what the page's script shows of each sample."""
+    return [
+        {
+            # percent-encoded, whatever bytes a name has
+            "href": quote(os.fsencode(find_relative(sample.image, page_dir)), safe="/:") if sample.image else "",
+            "name": printable(find_relative(sample.image or sample.caption, page_dir)),
+            "text": sample.text,
+            "words": count_words(sample.text),
+            "facts": describe_origin(sample),
+            "findings": [[kinds.index(finding.kind), printable(finding.detail)] for finding in sample.findings],
+        }
+        for sample in samples
+    ]
+
+
+def build_page(
+    title: str,
+    samples: Sequence[Sample],
+    findings: Sequence[Finding],
+    phrases: Sequence[tuple[str, float]],
+    page_dir: str,
+) -> str:
+    """Return the page: one file that asks for nothing but the images, and in which captions are text that runs nothing.
+
+    `findings` are those of the set as a whole. Source of the policy: https://www.w3.org/TR/CSP3/
+    """
+    from html import escape
+
+    counts = Counter(finding.kind for sample in samples for finding in sample.findings)
+    kinds = sorted(counts, key=[*FINDINGS, *counts].index)
+    data = {
+        "kinds": [{"name": kind, "advice": explain(kind)} for kind in kinds],
+        "samples": build_rows(samples, kinds, page_dir),
+    }
+    chips = (
+        f'<li><button value="{n}" aria-pressed="false">{escape(kind)} <span>{counts[kind]:,}</span></button></li>'
+        for n, kind in enumerate(kinds)
+    )
+    said = (
+        f'<li><button value="{escape(phrase)}">{escape(phrase)} <span>{share:.0%}</span></button></li>'
+        for phrase, share in phrases[:MOST_PHRASES]
+    )
+    notes = (f'<p class="finding">{escape(printable(f"{f.kind}: {f.path}: {f.detail}"))}</p>' for f in findings)
+    styles, scripts = hash_source(PAGE_STYLE), hash_source(PAGE_SCRIPT)
+    return PAGE.format(
+        mark=PAGE_MARK,
+        policy=f"default-src 'none'; img-src 'self' file:; style-src {styles}; script-src {scripts}; base-uri 'none'",
+        title=escape(printable(title)),
+        summary=escape(describe_set(samples, [])[0]),
+        style=PAGE_STYLE,
+        kinds="".join(chips) or "<li>Nothing is wrong with any file.</li>",
+        notes="".join(notes),
+        bars=draw_bars(samples),
+        phrases="".join(said) or "<li>None stands in many captions.</li>",
+        data=json.dumps(data).replace("<", "\\u003c"),  # a caption may hold </script>
+        script=PAGE_SCRIPT,
+    )
+
+
 # ------------------------------------------------------------------------------------------ Commands, main
 
 
@@ -3901,7 +4444,9 @@ class Captioner:
             sha256, image, size = await asyncio.to_thread(self._encode, data)
             seen = (sha256, len(data), changed_ns)
             del data
-        entry = Entry("captioned", recipe.question, recipe.identity, recipe.trigger.put, *seen)
+        entry = Entry(
+            "captioned", recipe.question, recipe.identity, recipe.trigger.put, *seen, model=self._settings.model
+        )
         prompt = make_prompt(recipe, job, before)
         question = Question(job.image, prompt, image, estimate(self._settings, prompt, size))
         return await self._ask_once(job, entry, question)
@@ -3998,9 +4543,9 @@ class Captioner:
         import asyncio
 
         usage, attempts = (question.usage, question.attempts) if question else (Usage(), 0)
-        more: dict[str, Any] = {"image": job.image, "model": self._settings.model, "attempts": attempts}
+        more: dict[str, Any] = {"image": job.image, "attempts": attempts}
         more |= {"prompt_tokens": usage.prompt, "answer_tokens": usage.answer}
-        more |= {"usd": round(float(question.dollars), 8)} if question and self._report.bill.has_price else {}
+        entry = dataclasses.replace(entry, usd=round(float(question.dollars), 8) if question else 0.0)
 
         def write() -> bool:
             self._journal.append(job.caption, entry, **more)
@@ -4178,7 +4723,7 @@ def log_remarks(settings: Settings, recipe: Recipe) -> None:
     """Say once what is worth knowing about the settings before anything is sent."""
     if settings.config_dir and not settings.config_dir.exists():
         log.warning("%s: does not exist; nothing is read from it", printable(str(settings.config_dir)))
-    for remark in recipe.remarks:
+    for remark in (*recipe.remarks, *(f"{finding.path}: {finding.detail}" for finding in recipe.findings)):
         log.warning("%s", remark)
     if is_ordinary(word := recipe.trigger.word):
         log.warning("the trigger %s is an ordinary word; captions use it for other things too", word)
@@ -4391,6 +4936,112 @@ def run_undo(settings: Settings) -> int:
     return code
 
 
+def open_page(target: str) -> str:
+    """Return the path of the page to be written; raises SettingsError for one that is somebody else's."""
+    shown = f"--review: {printable(target)}"
+    try:
+        if os.path.lexists(target):
+            with open(target, "rb") as before:
+                is_page = before.read(len(PAGE_MARK)) == PAGE_MARK.encode()
+            if not is_page:
+                raise SettingsError(f"{shown}: is there already and is no page of this tool; name another file")
+        elif not os.access(os.path.dirname(os.path.abspath(target)), os.W_OK):
+            raise SettingsError(f"{shown}: cannot be written there; name a file in a folder that exists")
+    except OSError as error:
+        raise SettingsError(f"{shown}: cannot be written: {error.strerror}") from None
+    return target
+
+
+def look_at_image(sample: Sample) -> None:
+    """Add what is wrong with an image's name and header."""
+    try:
+        with open(sample.image, "rb", opener=open_regular) as file, name_damage():
+            image_format = open_image(file).format or ""
+    except OSError as error:
+        sample.findings.append(Finding("unreadable file", sample.image, str(error.strerror)))
+    except FailImage as error:
+        sample.findings.append(Finding(error.reason, sample.image, error.detail))
+    else:
+        found = judge_name(sample.image, image_format)
+        sample.findings += [Finding(kind, sample.image, detail) for kind, detail in found]
+
+
+def look_at_caption(sample: Sample, recipe: Recipe, journal: Journal) -> None:
+    """Add what a caption says, what is wrong with it, and what the journal knows of it."""
+    try:
+        data = read_text_bytes(sample.caption)
+    except OSError as error:
+        sample.find("unreadable caption", str(error.strerror))
+        return
+    sample.text, faults = read_caption(data)
+    for kind, detail in [*faults, *judge_caption(sample.text, recipe)]:
+        sample.find(kind, detail)
+    made = [entry for entry in journal.past(sample.caption) if entry.outcome == "captioned"]
+    now = hashlib.sha256(data).hexdigest()
+    sample.made = next((entry for entry in reversed(made) if entry.caption_sha256 == now), made[-1] if made else None)
+    sample.edited = sample.made is not None and sample.made.caption_sha256 != now
+
+
+def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal) -> list[Sample]:
+    """Return each image with its caption, then captions without an image, each with what is wrong with it alone."""
+    root, dot_ext = str(settings.caption_dir or image_dir), f".{recipe.caption_ext}"
+    by_stem: dict[str, Sample] = {}
+    samples: list[Sample] = []
+    for item in plan_folder(image_dir, settings.caption_dir, recipe.caption_ext):
+        match item:
+            case Failed(path, reason, detail):
+                sample = Sample(path)
+                sample.find(reason, detail)
+            case Skipped(path, _, caption):
+                sample = Sample(path, caption)
+                look_at_caption(sample, recipe, journal)
+            case Job(path, caption):
+                sample = Sample(path)
+                sample.find("blank caption" if os.path.lexists(caption) else "no caption")
+        if os.path.isfile(sample.image):
+            look_at_image(sample)
+        samples.append(sample)
+        by_stem[os.path.splitext(os.path.join(root, os.path.relpath(sample.image, image_dir)))[0]] = sample
+    ours = {"prompt.txt", "exclude.txt"}
+    for _, path in walk_texts([root], (dot_ext.lower(), *CAPTION_SUFFIXES)):
+        stem, ext = os.path.splitext(path)
+        beside = by_stem.get(stem)
+        if beside is None and ext == dot_ext and os.path.basename(path) not in ours:
+            alone = Sample("", path)
+            alone.find("caption without an image")
+            look_at_caption(alone, recipe, journal)
+            samples.append(alone)
+        elif beside and ext != dot_ext and any(finding.kind == "no caption" for finding in beside.findings):
+            beside.findings = [Finding("another extension", path, f"{dot_ext} is read")]
+    judge_set(samples)
+    return samples
+
+
+def run_review(settings: Settings) -> int:
+    """Print what is wrong with a set of images and captions, write the page, and return the exit code."""
+    image_dir = check_folders(settings)
+    root = str(settings.caption_dir or image_dir)
+    page = open_page(os.path.join(root, "review.html") if settings.review is True else str(settings.review))
+    recipe = read_recipe(settings, os.environ)
+    for remark in recipe.remarks:
+        log.warning("%s", remark)
+    log.info("looking at all images and captions below %s", printable(str(image_dir)))
+    load_pillow()
+    with open_report(settings.report) as stream:
+        samples = collect_samples(settings, image_dir, recipe, Journal(root))
+        findings = [*recipe.findings, *(finding for sample in samples for finding in sample.findings)]
+        mention = find_mention(recipe.trigger, word=True)
+        phrases = find_phrases([re.sub(mention, "", sample.text) for sample in samples if sample.text])
+        if stream:
+            stream.writelines(json.dumps({"outcome": "finding", **dataclasses.asdict(f)}) + "\n" for f in findings)
+    html = build_page(os.path.basename(os.path.abspath(root)), samples, recipe.findings, phrases, os.path.dirname(page))
+    write_whole(os.path.realpath(page), lambda file: file.write(html.encode()))
+    if settings.report != "-":
+        print("\n".join([*describe_findings(findings), *describe_set(samples, phrases)]))
+        print(f"Findings {len(findings):,}; all is shown in {printable(page)}")
+    return int(bool(findings))
+
+
 def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str] | None]:
     """Return the stream that --report names, an earlier report replaced, nothing else; raises SettingsError."""
     if target is None or target == "-":
@@ -4450,6 +5101,8 @@ def run(settings: Settings) -> int:
     check_command(settings)
     if settings.undo:
         return run_undo(settings)
+    if settings.review:
+        return run_review(settings)
     if settings.fix_encoding:
         return report_on(settings, functools.partial(run_repair, settings, repair_roots(settings)))
     if settings.dry_run:
