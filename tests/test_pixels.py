@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import tracemalloc
 import zlib
 from typing import Any
 
 import pytest
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageChops, ImageStat
 
 import gen_captions as gc
+from conftest import ROOT
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION = 0x0112
@@ -105,11 +109,59 @@ def test_the_first_frame_goes_out(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((4000, 3000), (1024, 768)), ((3000, 4000), (768, 1024)), ((1024, 1024), (1024, 1024)), ((5000, 3), (1024, 1))],
+    [((4400, 3300), (1024, 768)), ((3300, 4400), (768, 1024)), ((1024, 1024), (1024, 1024)), ((5000, 3), (1024, 1))],
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_the_longest_side_is_shrunk_to_the_limit(size: tuple[int, int], expected: tuple[int, int], kind: str) -> None:
     assert sent(encode(picture(size), kind)).size == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((4032, 3024), (1008, 756)),
+        ((3024, 4032), (756, 1008)),
+        ((4000, 3000), (1000, 750)),
+        ((3968, 2976), (992, 744)),
+        ((3964, 2973), (1024, 768)),  # a quarter is 991: too small
+        ((4100, 3075), (1024, 768)),  # a quarter is 1025: too large
+        ((6000, 4000), (1024, 683)),
+        ((8000, 6000), (1000, 750)),
+    ],
+)
+def test_a_jpeg_whose_cheap_decode_is_nearly_the_limit_goes_out_at_that_size(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert sent(encode(picture(size), "JPEG")).size == expected
+
+
+@settings(deadline=None)
+@given(width=st.integers(1, 700), height=st.integers(1, 700))
+def test_no_jpeg_goes_out_larger_than_the_limit_or_much_smaller(width: int, height: int) -> None:
+    image = sent(encode(Image.new("L", (width, height)), "JPEG"), 64)
+    assert 62 <= max(image.size) <= 64 or max(width, height) == max(image.size) < 62
+    scale = max(image.size) / max(width, height)
+    assert all(abs(now - before * scale) < 2 for now, before in zip(image.size, (width, height), strict=True))
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """Return the root mean square of what two images differ by, all colours together, of 255."""
+    by_colour = ImageStat.Stat(ImageChops.difference(one, other)).rms
+    return math.sqrt(sum(rms**2 for rms in by_colour) / len(by_colour))
+
+
+@pytest.mark.parametrize(("kind", "size"), [("JPEG", (4032, 3024)), ("JPEG", (6000, 4000)), ("PNG", (4032, 3024))])
+def test_a_photo_goes_out_as_a_full_reduction_would_show_it(kind: str, size: tuple[int, int]) -> None:
+    cat = Image.open(ROOT / "examples" / "images" / "cat.jpg")
+    photo = Image.new("RGB", size)
+    for left in range(0, size[0], cat.width):  # side by side: as sharp as a small image is
+        for top in range(0, size[1], cat.height):
+            photo.paste(cat, (left, top))
+    data = encode(photo, kind, **({"quality": 92} if kind == "JPEG" else {"compress_level": 0}))
+    now = sent(data)
+    full = Image.open(io.BytesIO(data)).resize(now.size, Image.Resampling.LANCZOS)
+    as_jpeg = Image.open(io.BytesIO(encode(full, "JPEG", quality=gc.JPEG_QUALITY)))
+    assert difference(now, full) < 1.15 * difference(as_jpeg, full)  # most of it is what any JPEG loses
 
 
 def test_a_small_image_is_not_enlarged() -> None:
