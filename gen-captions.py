@@ -1654,7 +1654,8 @@ def shrink_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
     image.load()  # TIFF turns itself upright here, and forgets its orientation
     turn = TURNS.get(read_orientation(image))
     small = to_8_bit(image)
-    small.thumbnail((max_side, max_side))
+    # nearer to a full LANCZOS than Pillow's default (BICUBIC, 2.0), and quicker where nothing was drafted
+    small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=1.5)
     output = BytesIO()
     flatten(small.transpose(Image.Transpose[turn]) if turn else small).save(output, "JPEG", quality=JPEG_QUALITY)
     return output.getvalue(), small.size
