@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,6 +102,11 @@ class Server:
         with urllib.request.urlopen(self.url.removesuffix("/v1") + "/stats") as response:
             return dict(json.load(response))
 
+    def cpu_s(self) -> float:
+        """Return the CPU seconds that the server has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def rate(self) -> float:
         """Return the requests a second between the first and the last tenth of them, so that start-up is left out."""
         arrivals: list[float] = self.stats()["arrivals"]
@@ -159,27 +163,72 @@ def throughput(folder: Path) -> dict[str, Any]:
     }
 
 
+# What the tool does with the pixels of a photo, by itself.
+PILLOW = """
+import io, sys, time
+from PIL import Image
+with open(sys.argv[1], "rb") as file:
+    data = file.read()
+before, started = time.process_time(), time.perf_counter()
+for _ in range(number := int(sys.argv[2])):
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (image.width // 4, image.height // 4))
+    image.thumbnail((1024, 1024), Image.Resampling.LANCZOS, reducing_gap=1.5)
+    image.save(io.BytesIO(), "JPEG", quality=90)
+print(number / (time.perf_counter() - started), (time.process_time() - before) / number)
+"""
+
+
+def pillow_alone(photo: Path) -> tuple[float, float]:
+    """Return the photos a second that Pillow makes ready on all processors at once, and its CPU seconds for one."""
+    command = [sys.executable, "-c", PILLOW, str(photo), "40"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(os.cpu_count() or 1)]
+    found = [[float(word) for word in process.communicate()[0].split()] for process in running]
+    return sum(rate for rate, _ in found), statistics.mean(cpu_s for _, cpu_s in found)
+
+
 def photos(folder: Path) -> dict[str, Any]:
-    """200 photos of 4000 x 3000, 50 workers: peak memory, and the rate beside the processors' own."""
-    data = jpeg((4000, 3000), 80)
-    images = fill(folder / "images", 200, data)
+    """200 photos of a phone's and of a camera's size, 50 workers; the rate beside Pillow's own, median of 3."""
+    return {f"{width} x {height}": photos_of(folder, (width, height)) for width, height in ((4032, 3024), (6000, 4000))}
+
+
+def photos_of(folder: Path, size: tuple[int, int]) -> dict[str, Any]:
+    """Return the figures for one size; Pillow alone is measured before and after each run of the tool."""
+    number, data = 200, jpeg(size, 80)
+    images = fill(folder / f"{size[0]}", number, data)
+    one = fill(folder / f"{size[0]}-one", 1, data)
+    command = [*TOOL, "--thread-pool", "50", "--caption-dir", str(folder / "out"), "--image-dir"]
+    shares, rates, cpu_s, costs = [], [], [], []
     with Server(0.2) as server:
-        command = [*TOOL, "--thread-pool", "50", "--image-dir", str(images), "--caption-dir", str(folder / "out")]
-        cost = measure(command, OPENAI_BASE_URL=server.url)
-        rate = server.rate()
-    started = time.perf_counter()
-    for _ in range(10):
-        image = Image.open(io.BytesIO(data))
-        image.draft("RGB", (1024, 1024))
-        image.thumbnail((1024, 1024))
-        image.save(io.BytesIO(), "JPEG", quality=90)
-    ideal = (os.cpu_count() or 1) * 10 / (time.perf_counter() - started)
+        server.reset(check=True)
+        start_up = measure([*command, str(one)], OPENAI_BASE_URL=server.url)
+        sent = server.stats()["images"][0]
+        before = pillow_alone(one / "000000.jpg")
+        for _ in range(3):
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            server.reset()
+            served = server.cpu_s()
+            cost = measure([*command, str(images)], OPENAI_BASE_URL=server.url)
+            assert cost.exit_code == 0
+            served = server.cpu_s() - served
+            after = pillow_alone(one / "000000.jpg")
+            rates.append(server.rate())
+            shares.append(2 * rates[-1] / (before[0] + after[0]))
+            cpu_s.append(((before[1] + after[1]) / 2, (cost.cpu_s - start_up.cpu_s) / number, served / number))
+            costs.append(cost)
+            before = after
+    pillow, tool, stand_in = (round(1000 * statistics.median(figures), 1) for figures in zip(*cpu_s, strict=True))
+    shutil.rmtree(folder / "out")
     return {
-        "MB a photo": round(len(data) / 1e6, 1),
-        "peak MiB": round(cost.peak_mib),
-        "images/s": round(rate, 1),
-        "images/s / Pillow on all processors": round(rate / ideal, 2),
-        "exit code": cost.exit_code,
+        "original KB": len(data) // 1000,
+        "sent KB": sent[3] // 1000,
+        "sent size": sent[1:3],
+        "peak MiB": round(max(cost.peak_mib for cost in costs)),
+        "images/s": round(statistics.median(rates), 1),
+        "images/s / Pillow on all processors": round(statistics.median(shares), 2),
+        "Pillow CPU ms/image": pillow,
+        "tool CPU ms/image": tool,
+        "server CPU ms/image": stand_in,
     }
 
 
