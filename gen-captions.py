@@ -71,7 +71,7 @@ import warnings
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -746,13 +746,11 @@ def open_regular(path: str, flags: int) -> int:
     raise FailImage("not a file", "a pipe or a device: take it out")
 
 
-async def read_image(path: str) -> tuple[bytes, int]:
+def read_image(path: str) -> tuple[bytes, int]:
     """Return an image file's bytes and the time of its last change in ns; raises FailImage."""
-    import aiofiles
-
     try:
-        async with aiofiles.open(path, "rb", opener=open_regular) as file:
-            return await file.read(), os.fstat(file.fileno()).st_mtime_ns
+        with open(path, "rb", opener=open_regular) as file:
+            return file.read(), os.fstat(file.fileno()).st_mtime_ns
     except OSError as error:
         raise FailImage("unreadable file", str(error.strerror)) from error
 
@@ -2480,7 +2478,8 @@ class Bill:
         cost = self.dollars(answer.usage, answer.tier or self._tier or "")
         self.spent += cost
         self.usage += answer.usage
-        self._largest = Usage(*(max(a, b) for a, b in zip(astuple(self._largest), astuple(answer.usage), strict=True)))
+        largest, usage = self._largest, answer.usage
+        self._largest = Usage(max(largest.prompt, usage.prompt), max(largest.answer, usage.answer))
         if self._tier:
             self.tiers[answer.tier or "not said"] += 1
         return cost
@@ -4403,6 +4402,16 @@ class Twins:
         return "" if first == caption else first
 
 
+def load_image(path: str, max_side: int) -> tuple[tuple[str, int, int], bytes, Size]:
+    """Return what the journal keeps of an image (SHA-256, bytes, time), its JPEG in base64, and that one's size.
+
+    Raises FailImage.
+    """
+    data, changed_ns = read_image(path)
+    jpeg, size = prepare_image(data, max_side)
+    return (hashlib.sha256(data).hexdigest(), len(data), changed_ns), base64.b64encode(jpeg), size
+
+
 class Captioner:
     """Takes one job from image file to caption file."""
 
@@ -4410,6 +4419,8 @@ class Captioner:
         self, settings: Settings, recipe: Recipe, asker: Asker, journal: Journal, report: Report, stop: Stop
     ) -> None:
         import asyncio
+
+        from aiofiles.os import wrap
 
         self._settings = settings
         self._recipe = recipe
@@ -4422,6 +4433,8 @@ class Captioner:
         # no more images are decoded at once than there are processors: memory would grow, speed would not
         load_pillow()
         self._decoders = asyncio.Semaphore(os.cpu_count() or 1)
+        # in one thread from the file to base64: each hand-over between threads costs as much as a small image
+        self._load = wrap(functools.partial(load_image, max_side=settings.max_side))
 
     async def handle(self, job: Job) -> None:
         """Caption one image, record the outcome; raises StopRun when the run cannot go on."""
@@ -4443,8 +4456,6 @@ class Captioner:
             )
 
     async def _caption(self, job: Job) -> Outcome:
-        import asyncio
-
         recipe = self._recipe
         if job.replaces is None and has_caption(job.caption):
             return Skipped(job.image, "has a caption by now", job.caption)
@@ -4453,10 +4464,7 @@ class Captioner:
             entry = dataclasses.replace(job.replaces, trigger=recipe.trigger.put)
             return await self._keep(job, entry, swap_trigger(before, job.replaces.trigger, recipe))
         async with self._decoders:
-            data, changed_ns = await read_image(job.image)
-            sha256, image, size = await asyncio.to_thread(self._encode, data)
-            seen = (sha256, len(data), changed_ns)
-            del data
+            seen, image, size = await self._load(job.image)
         entry = Entry(
             "captioned", recipe.question, recipe.identity, recipe.trigger.put, *seen, model=self._settings.model
         )
@@ -4566,10 +4574,6 @@ class Captioner:
             return text is None or write_caption(job.caption, encode_caption(text), replaces)
 
         return await asyncio.to_thread(write)
-
-    def _encode(self, data: bytes) -> tuple[str, bytes, Size]:
-        jpeg, size = prepare_image(data, self._settings.max_side)
-        return hashlib.sha256(data).hexdigest(), base64.b64encode(jpeg), size
 
 
 @contextlib.contextmanager

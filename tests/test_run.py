@@ -462,6 +462,6 @@ def test_progress_on_a_terminal_is_a_bar(tool: Tool, make_image: ImageMaker) -> 
     os.close(leader)
     assert process.wait() == 1
     text = shown.decode()
-    assert re.search(r"6/6 .*failed=1, tokens=6,100", text)
+    assert re.search(r"6/6 .*1 failed, 6,100 tokens", text)
     assert "images/bad.jpg: not an image" in text
     assert "\x1b[3" not in text  # no colours
