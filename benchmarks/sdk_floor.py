@@ -1,6 +1,7 @@
-"""The least that the SDK can do for the same work: read, base64, create; no pixels, no retries, no captions written.
+"""The least that can be done for the same work: read, base64, ask; no pixels, no retries, no captions written.
 
-python benchmarks/sdk_floor.py WORKERS FOLDER, with OPENAI_BASE_URL set.
+python benchmarks/sdk_floor.py default|aiohttp|raw WORKERS FOLDER, with OPENAI_BASE_URL set: the OpenAI SDK on its
+default transport or on its aiohttp one, or aiohttp by itself with a body that is joined instead of dumped.
 """
 
 from __future__ import annotations
@@ -9,36 +10,79 @@ import asyncio
 import base64
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-from openai import AsyncOpenAI
+import aiohttp
+from openai import AsyncOpenAI, DefaultAioHttpClient
+
+BODY = (
+    b'{"model": "gpt-6-luna", "messages": [{"role": "user", "content": ['
+    b'{"type": "text", "text": "Describe this image."}, '
+    b'{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,IMAGE"}}]}]}'
+)
+Ask = Callable[[bytes], Awaitable[object]]
 
 
-async def main(workers: int, paths: Iterator[Path]) -> None:
+async def ask_all(ask: Ask, workers: int, paths: Iterator[Path]) -> None:
     """Ask for a caption of each image."""
-    client = AsyncOpenAI(api_key="none", base_url=os.environ["OPENAI_BASE_URL"], max_retries=0)
 
     async def work() -> None:
         for path in paths:
-            data = base64.b64encode(path.read_bytes()).decode()
-            await client.chat.completions.create(
+            await ask(base64.b64encode(path.read_bytes()))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(workers):
+            group.create_task(work())
+
+
+async def ask_by_sdk(url: str, workers: int, paths: Iterator[Path], *, transport: str) -> None:
+    """Ask with chat.completions.create."""
+    http_client = DefaultAioHttpClient() if transport == "aiohttp" else None
+    async with AsyncOpenAI(api_key="none", base_url=url, max_retries=0, http_client=http_client) as client:
+
+        async def ask(image: bytes) -> object:
+            return await client.chat.completions.create(
                 model="gpt-6-luna",
                 messages=[
                     {
                         "role": "user",
                         "content": [
                             {"type": "text", "text": "Describe this image."},
-                            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}},
+                            {
+                                "type": "image_url",
+                                "image_url": {"url": f"data:image/jpeg;base64,{image.decode()}"},
+                            },
                         ],
                     }
                 ],
             )
 
-    async with client, asyncio.TaskGroup() as group:
-        for _ in range(workers):
-            group.create_task(work())
+        await ask_all(ask, workers, paths)
+
+
+async def ask_by_aiohttp(url: str, workers: int, paths: Iterator[Path]) -> None:
+    """Ask without the SDK."""
+    head, _, tail = BODY.partition(b"IMAGE")
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, headers={"Content-Type": "application/json"}) as session:
+
+        async def ask(image: bytes) -> object:
+            async with session.post(f"{url}/chat/completions", data=b"".join((head, image, tail))) as response:
+                return await response.json()
+
+        await ask_all(ask, workers, paths)
+
+
+def main() -> None:
+    """Ask in the way that is named first."""
+    way, workers, folder = sys.argv[1:]
+    url, paths = os.environ["OPENAI_BASE_URL"], iter(sorted(Path(folder).iterdir()))
+    if way == "raw":
+        asyncio.run(ask_by_aiohttp(url, int(workers), paths))
+    else:
+        asyncio.run(ask_by_sdk(url, int(workers), paths, transport=way))
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), iter(sorted(Path(sys.argv[2]).iterdir()))))
+    main()
