@@ -2593,6 +2593,8 @@ def keep_article(match: re.Match[str]) -> str:
 
 def tidy_mentions(text: str, mention: str) -> str:
     """Return a caption without mentions of the trigger; where the sentence needs one, it is "the subject" now."""
+    if not re.search(mention, text):
+        return " ".join(text.split())
     quoted: list[str] = []
 
     def hide(match: re.Match[str]) -> str:
@@ -2691,10 +2693,11 @@ def find_excluded(text: str, exclude: Sequence[str]) -> list[str]:
 def find_faults(text: str, recipe: Recipe) -> list[tuple[str, str]]:
     """Return how a caption breaks the recipe's rules: each fault's kind, and what is wrong, in words for the model."""
     faults = []
-    words, sentences = count_words(text), len(split_text(text, SENTENCE_END))
+    words = count_words(text)
+    sentences = len(split_text(text, SENTENCE_END)) if recipe.style == "short" else 1
     if recipe.max_words and words > recipe.max_words:
         faults.append(("too long", f"it has {words} words where at most {recipe.max_words} are wanted"))
-    if recipe.style == "short" and sentences > 1:
+    if sentences > 1:
         faults.append(("too long", f"it has {sentences} sentences where one is wanted"))
     if recipe.style == "tags":
         tags = text.split(", ")
