@@ -3876,11 +3876,11 @@ TOKEN_LIMITS_OF_MODELS = (  # by a job file's arch or name_or_path; CLIP's 77 in
     (r"(?i)flux|flex|wan|chroma|kontext|anima|krea|qwen", 512),
 )
 ABOUT_IMAGE = (
-    r"(?i)(?:this|the) (?:\w+ ){0,2}(?:image|photo(?:graph)?|picture|illustration|drawing|painting)(?: \w+)?"
+    r"(?i)(?:this|the) (?:\w+ ){0,2}(?:image|photo(?:graph)?|picture|illustration|drawing|painting)"
     r" (?:shows?|depicts?|features?|captures?|presents?|displays?|portrays?|is of)\b"
 )
 DANGLING = r"(?i)(?:[,:;–—-]|\b(?:an?|the|of|with|and|or|in|on|at|to|is|are|as|by|for|from|her|his|its|their))$"
-ENDED = r"[.!?…。！？\"”’')\]]$"
+LONG_ENOUGH = 25  # words
 LONGEST_PHRASE = 5  # words
 FEW_PHRASES = 10  # that are printed
 TAUGHT = 0.8  # of the captions: a fragment in as many is what the set teaches, whether meant or not
@@ -3945,8 +3945,9 @@ def is_cut_off(text: str) -> bool:
     """Return whether a caption ends in mid-sentence: after a word that needs another, or with its last stop missing."""
     if re.search(DANGLING, text):
         return True
-    has_sentences = len(split_text(text, SENTENCE_END)) > 1
-    return has_sentences and not re.search(ENDED, text)
+    # people leave out the last stop of a short caption; a model does not, unless it was stopped
+    is_long = count_words(text) >= LONG_ENOUGH and len(split_text(text, SENTENCE_END)) > 1
+    return is_long and bool(re.search(r"[^\W\d]$", text))
 
 
 def find_trigger_faults(text: str, trigger: Trigger) -> list[tuple[str, str]]:
