@@ -5042,6 +5042,7 @@ def run_review(settings: Settings) -> int:
     """Print what is wrong with a set of images and captions, write the page, and return the exit code."""
     image_dir = check_folders(settings)
     root = str(settings.caption_dir or image_dir)
+    check_folder("caption_dir" if settings.caption_dir else "image_dir", Path(root))
     page = open_page(os.path.join(root, "review.html") if settings.review is True else str(settings.review))
     recipe = read_recipe(settings, os.environ)
     for remark in recipe.remarks:
@@ -5055,11 +5056,14 @@ def run_review(settings: Settings) -> int:
         phrases = find_phrases([re.sub(mention, "", sample.text) for sample in samples if sample.text])
         if stream:
             stream.writelines(json.dumps({"outcome": "finding", **dataclasses.asdict(f)}) + "\n" for f in findings)
-    html = build_page(os.path.basename(os.path.abspath(root)), samples, recipe.findings, phrases, os.path.dirname(page))
-    write_whole(os.path.realpath(page), lambda file: file.write(html.encode()))
+    page_text = build_page(
+        os.path.basename(os.path.abspath(root)), samples, recipe.findings, phrases, os.path.dirname(page)
+    )
+    if not settings.dry_run:
+        write_whole(os.path.realpath(page), lambda file: file.write(page_text.encode()))
     if settings.report != "-":
         print("\n".join([*describe_findings(findings), *describe_set(samples, phrases)]))
-        print(f"Findings {len(findings):,}; all is shown in {printable(page)}")
+        print(f"Findings {len(findings):,}" + ("" if settings.dry_run else f"; all is shown in {printable(page)}"))
     return int(bool(findings))
 
 
@@ -5084,17 +5088,15 @@ CAPTIONS_ONLY = ("limit", "overwrite", "metadata")
 
 def check_command(settings: Settings) -> None:
     """Raise the SettingsError for flags that say nothing to the command they stand beside."""
-    if settings.fix_encoding and settings.undo:
-        raise SettingsError("--fix-encoding and --undo: take one of them")
+    others = [flag_name(name) for name in ("fix_encoding", "undo", "review") if getattr(settings, name)]
+    if len(others) > 1:
+        raise SettingsError(f"{' and '.join(others)}: take one of them")
     for name in CAPTIONS_ONLY:
-        if getattr(settings, name) and (settings.fix_encoding or settings.undo):
-            raise SettingsError(f"{flag_name(name)}: belongs to captioning, not to --fix-encoding or --undo")
-    if (
-        settings.metadata
-        and settings.report
-        and os.path.realpath(settings.metadata) == os.path.realpath(settings.report)
-    ):
-        raise SettingsError("--metadata and --report: name two files")
+        if getattr(settings, name) and others:
+            raise SettingsError(f"{flag_name(name)}: belongs to captioning, not to {others[0]}")
+    files = [path for path in (settings.metadata, settings.report, settings.review) if isinstance(path, str)]
+    if len({os.path.realpath(path) for path in files}) < len(files):
+        raise SettingsError("--metadata, --report, --review: name a file of its own for each")
     if settings.encoding and not settings.fix_encoding:
         raise SettingsError("--encoding: belongs to --fix-encoding")
     if settings.report and (settings.dry_run or settings.undo):

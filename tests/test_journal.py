@@ -538,7 +538,7 @@ def test_metadata_that_was_edited_since_is_left_alone(tool: Tool, make_image: Im
 def test_metadata_and_report_are_two_files(tool: Tool) -> None:
     (tool.folder / "images").mkdir()
     arguments = ("--metadata", "a.jsonl", "--report", "./a.jsonl")
-    assert "name two files" in tool("--image-dir", "images", *arguments, code=2).stderr
+    assert "a file of its own" in tool("--image-dir", "images", *arguments, code=2).stderr
 
 
 # ------------------------------------------------------------------------------------- what an attack showed

@@ -317,6 +317,35 @@ def test_a_page_that_cannot_be_is_a_usage_error(tool: Tool, make_image: ImageMak
     assert "--review: " in tool("--review", target, "--image-dir", "images", code=2).stderr
 
 
+COMBINATIONS = [
+    (["--undo"], "--undo and --review: take one of them"),
+    (["--fix-encoding"], "--fix-encoding and --review: take one of them"),
+    (["--limit", "3"], "--limit: belongs to captioning"),
+    (["--overwrite"], "--overwrite: belongs to captioning"),
+    (["--caption-dir", "nowhere"], "--caption-dir: nowhere: there is no such folder"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), COMBINATIONS)
+def test_what_does_not_go_with_a_review_is_a_usage_error(
+    tool: Tool, make_image: ImageMaker, flags: list[str], said: str
+) -> None:
+    make_image("a.jpg")
+    assert said in tool("--review", "--image-dir", "images", *flags, code=2).stderr
+
+
+def test_page_and_report_are_two_files(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    tool("--image-dir", "images", "--review", "a.html", "--report", "./a.html", code=2)
+    assert not (tool.folder / "a.html").exists()
+
+
+def test_a_dry_review_writes_no_page(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    assert tool("--review", "-n", "--image-dir", "images", code=1).stdout.endswith("\nFindings 1\n")
+    assert not (tool.folder / "images" / "review.html").exists()
+
+
 def test_what_the_journal_knows_is_shown(tool: Tool, make_image: ImageMaker) -> None:
     for name in ("a.jpg", "b.jpg"):
         make_image(name)
