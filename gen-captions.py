@@ -1990,7 +1990,7 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
     details = details if isinstance(details, dict) else {}
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     counts += [details.get("cached_tokens"), details.get("cache_write_tokens")]
-    return Usage(*(n if isinstance(n, int) and 0 <= n < 10**9 else 0 for n in counts))
+    return Usage(*(int(n) if isinstance(n, int | float) and 0 <= n < 10**9 else 0 for n in counts))
 
 
 def read_choice(choice: Mapping[str, Any], usage: Any, tier: Any) -> Reply:
@@ -2501,13 +2501,13 @@ class Bill:
         if self.has_price:
             parts.append(show_dollars(self.spent) + self._compare())
         if self.lost and self.has_price:
-            parts.append(f"at most {show_dollars(self.held)} more for {self.lost:,} answers that never came whole")
+            parts.append(f"at most {show_dollars(self.held)} more for {self.lost:,} answers lost or not counted")
         if self.tiers:
             parts.append("billed as " + ", ".join(f"{tier} {number:,}" for tier, number in self.tiers.most_common()))
         return "; ".join(parts)
 
     def _compare(self) -> str:
-        if not self.expected:
+        if not self.expected or not self.spent:
             return ""
         off = round(100 * (float(self.spent / self.expected) - 1))
         return f" ({abs(off)} % {'more' if off > 0 else 'less'} than estimated)" if off else " (as estimated)"
@@ -3043,7 +3043,7 @@ class Asker:
         self._throttle.learn(ticket, parse_limits(headers, datetime.now(UTC)), tokens)
         if isinstance(answer, Reply):
             self._proven = True
-            if not question.usage.prompt:
+            if answer.usage.prompt and not question.usage.prompt:
                 self._bill.expect(question.expected.usage)
             question.usage += answer.usage
             question.dollars += dollars
