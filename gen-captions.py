@@ -3911,6 +3911,8 @@ class Sample:
 def read_caption(data: bytes) -> tuple[str, list[tuple[str, str]]]:
     """Return what a caption file says, and what is wrong with its bytes and lines: kinds and details."""
     decoding = decode_text(data)
+    if decoding.kind == "right" and "\ufffd" in decoding.text:
+        return decoding.text.strip(), [("damaged letters", "")]
     if decoding.kind in {"unclear", "no text"}:
         text = data.decode("utf-8", "replace")
         return text.strip(), [("damaged letters" if decode_utf8(data) is not None else "not UTF-8", decoding.why)]
@@ -4219,10 +4221,7 @@ BARS, MOST_PHRASES = 24, 30
 
 def find_relative(path: str, page_dir: str) -> str:
     """Return the path of a file as seen from a page, with slashes."""
-    try:
-        return os.path.relpath(os.path.abspath(path), os.path.abspath(page_dir)).replace(os.sep, "/")
-    except ValueError:  # another drive
-        return Path(os.path.abspath(path)).as_uri()
+    return os.path.relpath(os.path.abspath(path), os.path.abspath(page_dir)).replace(os.sep, "/")
 
 
 def describe_origin(sample: Sample) -> str:
@@ -4260,7 +4259,7 @@ def build_rows(samples: Sequence[Sample], kinds: Sequence[str], page_dir: str) -
     return [
         {
             # percent-encoded, whatever bytes a name has
-            "href": quote(os.fsencode(find_relative(sample.image, page_dir)), safe="/:") if sample.image else "",
+            "href": "./" + quote(os.fsencode(find_relative(sample.image, page_dir))) if sample.image else "",
             "name": printable(find_relative(sample.image or sample.caption, page_dir)),
             "text": sample.text,
             "words": count_words(sample.text),
