@@ -453,7 +453,7 @@ def parse_value(source: str, kind: Kind, text: str) -> Any:
     """Return the value of a setting's text, or raise the error that names source, value and what is allowed."""
     try:
         return kind.parse(text.strip())
-    except (ValueError, OverflowError):
+    except (ValueError, ArithmeticError):  # the latter is Decimal's
         shown = "the value" if kind is SECRET or looks_secret(text) else f'"{shorten(text, 80)}"'
         raise SettingsError(f"{source}: {shown} is not allowed; allowed: {kind.allowed}") from None
 
@@ -567,7 +567,7 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
 class Entry:
     """What the journal says of one image: what was asked, of which bytes, and what became of it."""
 
-    outcome: str = ""  # captioned, refused, repaired, metadata
+    outcome: str = ""  # captioned, refused, failed, repaired, metadata
     question: str = ""  # fingerprint of model and prompt: what a refusal answers
     recipe: str = ""  # fingerprint of those and the style: what a caption is made from, but for its trigger
     trigger: str = ""
@@ -635,6 +635,7 @@ class Usage:
     answer: int = 0
     cached: int = 0  # of the prompt, read from a cache at a lower price
     cache_writes: int = 0  # of the prompt, written to one at a higher price
+    is_whole: bool = True  # whether the server said all of it in numbers that can be
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -642,6 +643,7 @@ class Usage:
             self.answer + other.answer,
             self.cached + other.cached,
             self.cache_writes + other.cache_writes,
+            self.is_whole and other.is_whole,
         )
 
 
@@ -1568,7 +1570,7 @@ def read_recipe(settings: Settings, environ: Mapping[str, str]) -> Recipe:
         caption_ext=ext,
         ext_source=ext_source,
         is_own_prompt=own is not None,
-        architecture=next((item.architecture for item in matching or datasets), ""),
+        architecture=next((item.architecture for item in matching), ""),
         remarks=(*remarks, *remark_on_trigger(trigger, matching)),
         findings=tuple(find_unread(settings, matching)),
     )
@@ -1785,6 +1787,7 @@ class ErrorReply:
     code: str = ""
     param: str = ""
     retry_after_s: float = 0.0
+    usage: Usage = Usage()  # of an error that came as an answer does, and may be billed like one
 
 
 def has_cache_options(settings: Settings) -> bool:
@@ -1904,7 +1907,7 @@ def parse_retry_after(headers: Mapping[str, str], now: datetime) -> float:
             return min(seconds, LONGEST_RETRY_AFTER_S) if seconds > 0 else 0.0
     from email.utils import parsedate_to_datetime
 
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         date = parsedate_to_datetime(headers.get("retry-after", ""))
         seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
         return min(max(0.0, seconds), LONGEST_RETRY_AFTER_S)
@@ -1940,8 +1943,9 @@ def parse_limits(headers: Mapping[str, str], now: datetime) -> dict[str, Limit]:
         limit, remaining = (headers.get(f"x-ratelimit-{word}-{unit}", "") for word in ("limit", "remaining"))
         with contextlib.suppress(ValueError):
             most, left = float(limit), float(remaining)
-            if 0 < most < math.inf and math.isfinite(left):
+            if 1 <= most < math.inf and math.isfinite(left):
                 reset_s = parse_reset(headers.get(f"x-ratelimit-reset-{unit}", "").strip(), now)
+                reset_s = reset_s if reset_s and reset_s <= LONGEST_RETRY_AFTER_S else None
                 found[unit] = Limit(most, max(0.0, left), reset_s)
     return found
 
@@ -1978,19 +1982,32 @@ def parse_reply(text: str) -> Reply | ErrorReply:
     if (failed and isinstance(failed, list)) or (isinstance(failed, dict) and failed.get("error")):
         error = parse_error(500, json.dumps(failed))  # OpenRouter reports late errors so, with the status as code
         status = error.code.split(" ")[0]
-        return dataclasses.replace(error, status=int(status) if re.fullmatch(r"[45]\d\d", status) else 500)
+        status_code = int(status) if re.fullmatch(r"[45]\d\d", status) else 500
+        usage = body.get("usage") if isinstance(body, dict) else None
+        return dataclasses.replace(
+            error, status=status_code, usage=read_usage(usage if isinstance(usage, dict) else {})
+        )
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
         raise TryAgain("broken answer", "the answer holds no choices")
     return read_choice(choice, body.get("usage"), body.get("service_tier"))
 
 
 def read_usage(usage: Mapping[str, Any]) -> Usage:
-    """Return the tokens that an answer reports; what is no plausible number counts as zero."""
+    """Return the tokens that an answer reports; what is no plausible number counts as zero, and as missing."""
     details = usage.get("prompt_tokens_details")
     details = details if isinstance(details, dict) else {}
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     counts += [details.get("cached_tokens"), details.get("cache_write_tokens")]
-    return Usage(*(int(n) if isinstance(n, int | float) and 0 <= n < 10**9 else 0 for n in counts))
+    prompt, answer, cached, cache_writes = map(read_count, counts)
+    is_whole = bool(prompt) and answer is not None
+    return Usage(prompt or 0, answer or 0, cached or 0, cache_writes or 0, is_whole)
+
+
+def read_count(count: Any) -> int | None:
+    """Return a count of tokens, whichever type a server gives it; None when it is none that can be."""
+    if isinstance(count, str) and re.fullmatch(r"[0-9]{1,9}", count):
+        return int(count)
+    return int(count) if isinstance(count, int | float) and 0 <= count < 10**9 else None
 
 
 def read_choice(choice: Mapping[str, Any], usage: Any, tier: Any) -> Reply:
@@ -2277,7 +2294,7 @@ PATCH_RULES = (  # model, longest side and most patches that the server keeps, t
 )
 TILE_RULES = (  # model, tokens of any image, of each tile
     (r"gpt-4o-mini", 2833, 5667),
-    (r"gpt-4o|gpt-4\.1", 85, 170),
+    (r"gpt-4o|gpt-4\.[15]|gpt-4-turbo", 85, 170),
     (r"gpt-5", 70, 140),
     (r"o[13]\b", 75, 150),
 )
@@ -2305,7 +2322,7 @@ def count_patches(size: Size, longest: float, most: float) -> int:
 
 def image_tokens(model: str, size: Size) -> int:
     """Return about how many tokens an image of this size is for a model."""
-    name = model.rpartition("/")[2]
+    name = re.sub(r"^(?:ft:|chat)", "", model.rpartition("/")[2])
     for pattern, longest, most, tokens in PATCH_RULES:
         if re.match(pattern, name):
             return math.ceil(count_patches(size, longest, most) * tokens)
@@ -2410,12 +2427,8 @@ def describe_cost(settings: Settings, asked: Mapping[Expected, int], pace: float
             f"the price of {settings.model} at {settings.host} is not known: --price IN OUT (dollars a million tokens)"
         )
     else:
-        costs = {
-            tier: sum(price(one.usage, tier) * n for one, n in asked.items()) for tier in ("default", "flex", "batch")
-        }
-        cheaper = [
-            f"{tier} {show_dollars(costs[tier])}" for tier in ("flex", "batch") if costs[tier] < costs["default"]
-        ]
+        costs = {t: sum(price(one.usage, t) * n for one, n in asked.items()) for t in ("default", "flex", "batch")}
+        cheaper = [f"{t} {show_dollars(costs[t])}" for t in ("flex", "batch") if costs[t] < costs["default"]]
         cost = ", ".join([f"about {show_dollars(costs['default'])}", *cheaper])
         if costs[settings.service_tier or "default"] > (settings.max_cost or math.inf):
             cost += f": --max-cost {show_dollars(settings.max_cost or 0)} will end it early"
@@ -2423,6 +2436,15 @@ def describe_cost(settings: Settings, asked: Mapping[Expected, int], pace: float
     images = sum(asked.values())
     time_s = f"; about {describe_time(images / pace)} at {pace:.1f} a second" if pace < math.inf else ""
     return f"To ask {settings.model} for {images:,}: {tokens}; {cost}{time_s}"
+
+
+def is_free(error: ErrorReply) -> bool:
+    """Return whether a failed request is surely not billed: it was refused, or never arrived.
+
+    A gateway that gave up waiting may stand before a model that did not.
+    """
+    gateway = error.status in {502, 504} or error.status >= 520
+    return error.code == "unreachable" or (error.status > 0 and not gateway and not error.usage.prompt)
 
 
 class Bill:
@@ -2466,25 +2488,33 @@ class Bill:
         return worst
 
     def settle(self, held: Decimal | int, answer: Reply | ErrorReply | None) -> Decimal | int:
-        """Count what came back, and return what it cost; of nothing, or an answer without usage, the worst stays."""
+        """Count what came back, and return what it cost; what is not known to be free or counted stays held."""
         self._on_their_way -= 1
-        if isinstance(answer, ErrorReply) and (answer.status or answer.code == "unreachable"):  # errors are free
+        usage = answer.usage if answer else Usage(is_whole=False)
+        largest = self._largest
+        self._largest = Usage(max(largest.prompt, usage.prompt), max(largest.answer, usage.answer))
+        if isinstance(answer, ErrorReply) and is_free(answer):
             self.held -= held
             return 0
-        if not isinstance(answer, Reply) or not answer.usage.prompt:
+        tier = answer.tier if isinstance(answer, Reply) else ""
+        cost = self.dollars(usage, tier)  # of a tier that is not said, the whole price
+        if not usage.is_whole or not usage.prompt:
             self.lost += 1
+            self.held += max(cost - held, 0)
             return 0
         self.held -= held
-        cost = self.dollars(answer.usage, answer.tier or self._tier or "")
         self.spent += cost
-        self.usage += answer.usage
-        largest, usage = self._largest, answer.usage
-        self._largest = Usage(max(largest.prompt, usage.prompt), max(largest.answer, usage.answer))
+        self.usage += usage
         if self._tier:
-            self.tiers[answer.tier or "not said"] += 1
+            self.tiers[tier or "not said"] += 1
         return cost
 
-    def expect(self, usage: Usage) -> None:
+    @property
+    def so_far(self) -> str:
+        """What is spent; where answers were not counted, what that may be at most."""
+        return f"at most {show_dollars(self.spent + self.held)}" if self.lost else show_dollars(self.spent)
+
+    def count_expected(self, usage: Usage) -> None:
         """Count what an image that has its first answer now had been thought to take."""
         self.expected += self.dollars(usage, self._tier or "")
 
@@ -2499,15 +2529,15 @@ class Bill:
         if self.usage.cache_writes:
             parts.append(f"{self.usage.cache_writes:,} of them written to a cache")
         if self.has_price:
-            parts.append(show_dollars(self.spent) + self._compare())
-        if self.lost and self.has_price:
-            parts.append(f"at most {show_dollars(self.held)} more for {self.lost:,} answers lost or not counted")
+            parts.append(
+                self.so_far + (f" with {self.lost:,} answers lost or not counted" if self.lost else self._compare())
+            )
         if self.tiers:
             parts.append("billed as " + ", ".join(f"{tier} {number:,}" for tier, number in self.tiers.most_common()))
         return "; ".join(parts)
 
     def _compare(self) -> str:
-        if not self.expected or not self.spent:
+        if not self.expected:
             return ""
         off = round(100 * (float(self.spent / self.expected) - 1))
         return f" ({abs(off)} % {'more' if off > 0 else 'less'} than estimated)" if off else " (as estimated)"
@@ -2979,7 +3009,7 @@ class Asker:
         self._parameters = first_parameters(settings)
         self._proven = False  # whether the server has answered: key, model and address are right then
         self._first = asyncio.Lock()
-        self._warned = False
+        self._warned = self._warned_of_tier = False
         self._attempt_often = AsyncRetrying(
             retry=retry_if_exception_type(TryAgain),
             wait=self._wait_s,
@@ -3020,6 +3050,8 @@ class Asker:
             if isinstance(answer, Reply):
                 return judge_reply(answer, tags=self._tags)
             changed = adapt_parameters(sent, answer)
+            if self._settings.max_cost and changed is not None and not any(name in changed for name in TOKEN_LIMITS):
+                raise StopRun(f"--max-cost cannot be kept: the server takes no limit for its answers: {answer.message}")
             if changed is None:
                 error = judge_error(answer, datetime.now(UTC), first=not self._proven)
                 # flex without room is no limit of ours: https://developers.openai.com/api/docs/guides/flex-processing
@@ -3043,11 +3075,12 @@ class Asker:
         self._throttle.learn(ticket, parse_limits(headers, datetime.now(UTC)), tokens)
         if isinstance(answer, Reply):
             self._proven = True
-            if answer.usage.prompt and not question.usage.prompt:
-                self._bill.expect(question.expected.usage)
+            if answer.usage.is_whole and not question.usage.prompt:
+                self._bill.count_expected(question.expected.usage)
             question.usage += answer.usage
             question.dollars += dollars
             self._warn_of_unseen(answer.usage, question)
+            self._warn_of_tier(answer.tier)
         return answer
 
     async def _post(self, body: bytes) -> tuple[Reply | ErrorReply, Mapping[str, str]]:
@@ -3093,6 +3126,12 @@ class Asker:
                 question.expected.image,
                 self._settings.model,
             )
+
+    def _warn_of_tier(self, tier: str) -> None:
+        asked = self._settings.service_tier
+        if asked and tier not in {"", asked} and not self._warned_of_tier:
+            self._warned_of_tier = True
+            log.warning("GETCAP_SERVICE_TIER: %s was asked for, and the server bills answers as %s", asked, tier)
 
     def _without_key(self, answer: Reply | ErrorReply) -> Reply | ErrorReply:
         """Return an answer without the key, which some servers repeat in their errors."""
@@ -3241,6 +3280,7 @@ class Report:
         summary |= {"noted": dict(self.noted), "repaired": dict(self.repaired)}
         summary |= {"prompt_tokens": self.bill.usage.prompt, "answer_tokens": self.bill.usage.answer}
         summary |= {"usd": round(float(self.bill.spent), 8)} if self.bill.has_price else {}
+        summary |= {"usd_at_most": round(float(self.bill.spent + self.bill.held), 8)} if self.bill.has_price else {}
         summary |= {"usd_estimated": round(float(self.bill.expected), 8)} if self.bill.has_price else {}
         summary |= {"service_tiers": dict(self.bill.tiers)} if self.bill.tiers else {}
         stopped = getattr(self.ended_by, "name", None) or (str(self.ended_by) if self.ended_by else None)
@@ -3284,7 +3324,7 @@ def show_progress(total: int | None, report: Report, *, unit: str, quiet: bool) 
         done += number
         failed, usage = len(report.failed) - failed_before, report.bill.usage
         tokens = f"{usage.prompt + usage.answer:,} tokens"
-        cost = show_dollars(report.bill.spent) if report.bill.has_price else tokens
+        cost = report.bill.so_far if report.bill.has_price else tokens
         bar.set_postfix_str(f"{failed} failed, {cost}" if total else f"{failed} failed", refresh=False)
         bar.update(number)
         now = time.monotonic()
@@ -3861,13 +3901,14 @@ FINDINGS = {  # what each does in training, and what to do about it
 }  # fmt: skip
 OTHER_FINDING = ("the trainer stops at it or passes it over", "see to it by hand")
 TRAINED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # ai-toolkit, toolkit/data_loader.py
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".wmv", ".m4v", ".flv")
 CAPTION_SUFFIXES = (".txt", ".caption", ".tags")
 FORMAT_SUFFIXES = {
     "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "GIF": (".gif",),
     "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "AVIF": (".avif",), "HEIF": (".heic", ".heif"),
 }  # fmt: skip
 TOKEN_LIMITS_OF_MODELS = (  # by a job file's arch or name_or_path; CLIP's 77 include two marks
-    (r"(?i)sdxl|sd_?xl|sd15|sd_?1|stable-diffusion|pony|illustrious", 75),
+    (r"(?i)sdxl|sd_?xl|sd15|sd_?1|v1-5|stable-diffusion(?!-3)|pony|illustrious|noobai|juggernaut", 75),
     (r"(?i)hidream", 128),
     (r"(?i)pixart.*sigma", 300),
     (r"(?i)pixart", 120),
@@ -3877,10 +3918,15 @@ TOKEN_LIMITS_OF_MODELS = (  # by a job file's arch or name_or_path; CLIP's 77 in
 )
 ABOUT_IMAGE = (
     r"(?i)(?:this|the) (?:\w+ ){0,2}(?:image|photo(?:graph)?|picture|illustration|drawing|painting)"
-    r" (?:shows?|depicts?|features?|captures?|presents?|displays?|portrays?|is of)\b"
+    r"(?: (?:appears to|seems to))? (?:shows?|depicts?|features?|captures?|presents?|displays?|portrays?|is of)\b"
+    r"|(?i:in (?:this|the) (?:image|photo(?:graph)?|picture),|(?:this is )?an image of\b)"
 )
-DANGLING = r"(?i)(?:[,:;–—-]|\b(?:an?|the|of|with|and|or|in|on|at|to|is|are|as|by|for|from|her|his|its|their))$"
+DANGLING = r"\b(?:a|the|of|with|and|or|from|her|his|its|their|while|because|which)$"  # nothing ends with these
 LONG_ENOUGH = 25  # words
+SCRIPTS = {  # the first words of characters' names, by what they are used with
+    **dict.fromkeys(("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "HALFWIDTH"), "CJK"),
+    **dict.fromkeys(("FULLWIDTH", "MASCULINE", "FEMININE", "MODIFIER"), "LATIN"),
+}
 LONGEST_PHRASE = 5  # words
 FEW_PHRASES = 10  # that are printed
 TAUGHT = 0.8  # of the captions: a fragment in as many is what the set teaches, whether meant or not
@@ -3929,6 +3975,8 @@ def find_chatter(text: str, recipe: Recipe) -> list[tuple[str, str]]:
     """Return what in a caption is a chat model's and no caption, by the rules that answers are judged by."""
     tags = recipe.style == "tags"
     bare = re.sub(rf"^{find_mention(recipe.trigger, word=True)}[\s,.:]*", "", text)
+    if not bare:  # the trigger alone is a caption that people train with
+        return []
     try:
         cleaned = judge_reply(Reply(bare, "stop", "", has_reasoning=False, usage=Usage()), tags=tags)
     except FailImage as error:
@@ -3949,7 +3997,7 @@ def is_cut_off(text: str) -> bool:
         return True
     # people leave out the last stop of a short caption; a model does not, unless it was stopped
     is_long = count_words(text) >= LONG_ENOUGH and len(split_text(text, SENTENCE_END)) > 1
-    return is_long and bool(re.search(r"[^\W\d]$", text))
+    return is_long and bool(re.search(r"[^\W\d],?$", text))
 
 
 def find_trigger_faults(text: str, trigger: Trigger) -> list[tuple[str, str]]:
@@ -4006,7 +4054,7 @@ def find_scripts(text: str) -> Counter[str]:
     """Return how many letters of each script a caption has; what is quoted is copied from the image."""
     bare = re.sub(QUOTED, "", text)
     names = (unicodedata.name(c, "").split(" ")[0] for c in re.findall(r"[^\x00-\x7f]", bare) if c.isalpha())
-    found = Counter({"HIRAGANA": "CJK", "KATAKANA": "CJK", "FULLWIDTH": "LATIN"}.get(name, name) for name in names)
+    found = Counter(SCRIPTS.get(name, name) for name in names)
     found["LATIN"] += len(re.findall("[A-Za-z]", bare))
     return found
 
@@ -4486,11 +4534,11 @@ class Captioner:
             outcome = await self._keep(job, entry, text, notes, question)
             known = (job.caption, hash_text(text)) if isinstance(outcome, Written) else None
         except FailImage as error:
-            if error.reason == "refused":
-                known = error
-                refused = dataclasses.replace(entry, outcome="refused")
+            known = error if error.reason == "refused" else None
+            if known or question.usage.prompt:  # what was paid for has its line
+                failed = dataclasses.replace(entry, outcome="refused" if known else "failed")
                 with contextlib.suppress(OSError):  # then it is asked again next time
-                    await self._write(job, refused, question, None)
+                    await self._write(job, failed, question, None)
             raise
         finally:
             self._twins.remember(key, known)
@@ -4616,10 +4664,8 @@ async def caption_images(
     with show_progress(len(jobs), report, unit="image", quiet=log.level > logging.INFO) as update, end_on_signals(stop):
         try:
             async with open_client(settings) as client:
-                aside: list[asyncio.Task[None]] = []
-                if is_openai(settings.base_url):
-                    warning = warn_of_shutdown(client, settings.model, datetime.now(UTC).date())
-                    aside.append(asyncio.create_task(warning))
+                watch = warn_of_shutdown if is_openai(settings.base_url) else None
+                aside = watch and asyncio.create_task(watch(client, settings.model, datetime.now(UTC).date()))
                 asker = Asker(client, settings, recipe, report.bill, stop)
                 captioner = Captioner(settings, recipe, asker, journal, report, stop)
 
@@ -4628,8 +4674,8 @@ async def caption_images(
                     update(1)
 
                 await run_pool(iter(jobs), handle, settings.thread_pool, stop)
-                for task in aside:
-                    task.cancel()
+                if aside:
+                    aside.cancel()
         except (OSError, ValueError, ImportError) as error:  # the connection's own settings
             detail = f"{type(error).__name__}: {shorten(str(error), 120)}"
             stop.set(StopRun(f"no connection can be set up: {detail}; check HTTPS_PROXY and SSL_CERT_FILE"))
@@ -4961,7 +5007,7 @@ def open_page(target: str) -> str:
     shown = f"--review: {printable(target)}"
     try:
         if os.path.lexists(target):
-            with open(target, "rb") as before:
+            with open(target, "rb", opener=lambda path, _: os.open(path, READ_ONLY)) as before:  # a pipe would wait
                 is_page = before.read(len(PAGE_MARK)) == PAGE_MARK.encode()
             if not is_page:
                 raise SettingsError(f"{shown}: is there already and is no page of this tool; name another file")
@@ -4982,8 +5028,7 @@ def look_at_image(sample: Sample) -> None:
     except FailImage as error:
         sample.findings.append(Finding(error.reason, sample.image, error.detail))
     else:
-        found = judge_name(sample.image, image_format)
-        sample.findings += [Finding(kind, sample.image, detail) for kind, detail in found]
+        sample.findings += [Finding(kind, sample.image, said) for kind, said in judge_name(sample.image, image_format)]
 
 
 def look_at_caption(sample: Sample, recipe: Recipe, journal: Journal) -> None:
@@ -5000,6 +5045,11 @@ def look_at_caption(sample: Sample, recipe: Recipe, journal: Journal) -> None:
     now = hashlib.sha256(data).hexdigest()
     sample.made = next((entry for entry in reversed(made) if entry.caption_sha256 == now), made[-1] if made else None)
     sample.edited = sample.made is not None and sample.made.caption_sha256 != now
+
+
+def has_video(stem: str) -> bool:
+    """Return whether a video that trainers read lies beside a caption."""
+    return any(os.path.exists(stem + suffix) for suffix in VIDEO_SUFFIXES)
 
 
 def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal) -> list[Sample]:
@@ -5026,7 +5076,7 @@ def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe, journal
     for _, path in walk_texts([root], (dot_ext.lower(), *CAPTION_SUFFIXES)):
         stem, ext = os.path.splitext(path)
         beside = by_stem.get(stem)
-        if beside is None and ext == dot_ext and os.path.basename(path) not in ours:
+        if beside is None and ext == dot_ext and os.path.basename(path) not in ours and not has_video(stem):
             alone = Sample("", path)
             alone.find("caption without an image")
             look_at_caption(alone, recipe, journal)

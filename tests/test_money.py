@@ -34,6 +34,8 @@ TOKENS = [  # model, size, tokens by the family's rule or by what was billed
     ("gpt-4o-mini", (1024, 1024), 25_501),
     ("gpt-4o-mini-2024-07-18", (1024, 1024), 25_501),
     ("gpt-4o", (1024, 1024), 765),
+    ("ft:gpt-4o-mini:mine", (1024, 1024), 25_501),
+    ("chatgpt-4o-latest", (1024, 1024), 765),
     ("gpt-4o", (2048, 4096), 1105),
     ("gpt-4.1", (100, 100), 255),
     ("gpt-5", (1024, 1024), 630),
@@ -110,6 +112,10 @@ def own_price(usage: gc.Usage, _tier: str) -> Decimal:
         (gc.ErrorReply(0, "cannot connect", "unreachable"), 0, 0),
         (gc.ErrorReply(429, "slow down"), 0, 0),
         (gc.ErrorReply(500, "oops"), 0, 0),
+        (gc.ErrorReply(504, "the gateway gave up"), 0, 5),  # what stands behind it may not have
+        (gc.ErrorReply(500, "late", usage=gc.Usage(900, 100)), 1, 0),  # HTTP 200, an error inside, and counted
+        (gc.Reply("A cat.", "stop", "", False, gc.read_usage({"prompt_tokens": 900, "completion_tokens": "x"})), 0, 5),
+        (gc.Reply("A cat.", "stop", "", False, gc.read_usage({"completion_tokens": 9000})), 0, 9),  # more than was held
     ],
 )
 def test_what_comes_back_is_counted_for_what_it_may_have_cost(answer: Any, spent: int, held: int) -> None:
@@ -117,6 +123,39 @@ def test_what_comes_back_is_counted_for_what_it_may_have_cost(answer: Any, spent
     assert bill.hold(gc.Usage(2000, 1000)) == 5  # twice the prompt, and the longest answer
     bill.settle(5, answer)
     assert (bill.spent, bill.held) == (spent, held)
+
+
+COUNTS = [
+    (1200, 1200), (1200.0, 1200), ("1200", 1200), (0, 0), (None, None), (-5, None), ("many", None), (10**9, None),
+    (float("nan"), None), ([1], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "number"), COUNTS)
+def test_a_count_is_read_in_whichever_type_it_comes(count: Any, number: int | None) -> None:
+    assert gc.read_count(count) == number
+
+
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": 1200, "completion_tokens": None}, {"completion_tokens": 20}])
+@pytest.mark.usefixtures("images")
+def test_what_is_not_counted_is_never_free(tool: Tool, server: Server, usage: Any) -> None:
+    server.script(then={"usage": usage})
+    err = tool("--image-dir", "images", *PRICED, "--max-cost", "0.0009", "--report", "r.jsonl", code=3).stderr
+    assert server.stats()["requests"] < 4
+    assert "$0.0000" not in err
+    summary = json.loads((tool.folder / "r.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert 0 < summary["usd_at_most"] <= 0.0009
+
+
+@pytest.mark.usefixtures("images")
+def test_a_server_without_any_limit_for_answers_ends_a_run_with_a_budget(tool: Tool, server: Server) -> None:
+    rejects = {
+        name: {"error": {"message": f"Unknown parameter: '{name}'", "param": name, "code": "unknown_parameter"}}
+        for name in ("max_completion_tokens", "max_tokens")
+    }
+    server.script(rejects=rejects)
+    assert "--max-cost cannot be kept" in tool("--image-dir", "images", *PRICED, "--max-cost", "1", code=3).stderr
+    assert captions(tool.folder) == {}
 
 
 def test_what_is_on_its_way_counts_as_spent_and_is_waited_for() -> None:
@@ -195,6 +234,18 @@ def test_the_run_says_what_it_cost_and_how_far_the_estimate_was_off(tool: Tool) 
 
 
 @pytest.mark.usefixtures("images")
+def test_what_was_paid_for_and_is_no_caption_has_its_line_in_the_journal(tool: Tool, server: Server) -> None:
+    server.script(then={"finish_reason": "length"})
+    tool("--image-dir", "images", *PRICED, code=1)
+    journal = (tool.folder / "images" / ".gen-captions" / "journal.jsonl").read_text(encoding="utf-8")
+    entries = [json.loads(line) for line in journal.splitlines()]
+    assert [(entry["outcome"], entry["usd"]) for entry in entries] == [("failed", float(2 * EACH))] * 4
+    server.script()
+    tool("--image-dir", "images")
+    assert len(captions(tool.folder / "images")) == 4
+
+
+@pytest.mark.usefixtures("images")
 def test_an_unknown_price_is_not_made_up(tool: Tool) -> None:
     done = tool("--image-dir", "images")
     assert "4,800 tokens in, 80 out; " in done.stderr
@@ -221,7 +272,7 @@ def test_answers_that_are_lost_on_their_way_count_at_their_worst(tool: Tool, ser
     # the longest answer alone is 300 tokens, $0.00015 of the budget for each torn one
     err = tool("--image-dir", "images", *PRICED, "--max-cost", "0.001", "--throttle-retries", "50", code=3).stderr
     assert 1 <= server.stats()["requests"] <= 6
-    assert f"for {server.stats()['requests']} answers lost or not counted" in err
+    assert f"with {server.stats()['requests']} answers lost or not counted" in err
 
 
 @pytest.mark.usefixtures("images")
@@ -240,6 +291,7 @@ def test_a_budget_without_a_price_is_a_usage_error_before_anything_is_sent(tool:
         (["--price", "nan", "2"], "two numbers"),
         (["--max-cost", "0"], "dollars, such as 2.50"),
         (["--max-cost", "inf"], "dollars"),
+        (["--max-cost", "1e-99999999999999999999"], "dollars"),
         (["--service-tier", "fast"], "one of default, flex"),
     ],
 )
@@ -263,7 +315,9 @@ def test_flex_is_asked_for_and_the_summary_counts_what_answers_were_billed_as(to
     for path in (tool.folder / "images").glob("*.txt"):
         path.unlink()
     server.script(tier="default")
-    assert "billed as default 4" in tool("--image-dir", "images", GETCAP_SERVICE_TIER="flex").stderr
+    err = tool("--image-dir", "images", GETCAP_SERVICE_TIER="flex").stderr
+    assert "billed as default 4" in err
+    assert err.count("flex was asked for, and the server bills answers as default") == 1
 
 
 def test_flex_waits_longer_unless_told_otherwise() -> None:

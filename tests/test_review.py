@@ -24,6 +24,10 @@ HEALTHY = [
     "[trigger] cat on a wall",
     "ohwx, portrait, smiling, outdoors",
     "ohwx, a cat on a mat. It purrs 😊",
+    "ohwx",
+    "ohwx, 1girl, solo, outdoors,",
+    "ohwx, a room with the lights turned on",
+    "ohwx, ein Kind zieht seine Jacke an",
     "ohwx, a woman at a window. She looks out",
     "ohwx, The picture frame shows signs of wear. It hangs on a wall.",
     "ohwx, 1girl, long_hair, ^_^, looking_at_viewer",
@@ -40,6 +44,9 @@ WORDS = [  # a caption, the kinds that are found in it
     ("[trigger], The user wants a caption of this image.", ["reasoning"]),
     ("ohwx, This image shows a man in a park.", ["opening"]),
     ("[trigger], The photograph depicts a man.", ["opening"]),
+    ("[trigger], In this image, a man stands in a park.", ["opening"]),
+    ("[trigger], An image of a man in a park.", ["opening"]),
+    ("[trigger], The image appears to show a man.", ["opening"]),
     ("[trigger], Here is a caption for the image: A man in a park.", ["opening"]),
     ("[trigger], a **man** in a park.", ["markup"]),
     ("[trigger], a man in a park. He looks to the", ["cut off"]),
@@ -151,6 +158,11 @@ def test_a_set_in_another_language_is_not_odd() -> None:
     assert found_in_set(*(sample(str(n), text) for n, text in enumerate(texts))) == [[], [], [], ["wrong script"]]
 
 
+def test_a_japanese_set_is_of_one_script() -> None:
+    texts = ["人々がコーヒーを飲む", "ラーメンの店", "猫がﾃﾚﾋﾞを見る", "夜の街、ネオン"]
+    assert found_in_set(*(sample(str(n), text) for n, text in enumerate(texts))) == [[], [], [], []]
+
+
 def test_names_that_an_upload_would_merge_are_found() -> None:
     assert found_in_set(sample("x/東京.png"), sample("x/大阪.png"), sample("y/京都.png"), sample("x/a-1.png")) == [
         [], ["merged names"], [], []
@@ -160,7 +172,7 @@ def test_names_that_an_upload_would_merge_are_found() -> None:
 LIMITS = [
     ("sdxl", 75), ("sd1", 75), ("flux", 512), ("flex2", 512), ("wan22_14b", 512), ("qwen_image_edit", 512),
     ("hidream", 128), ("lumina2", 256), ("ponyDiffusionV6XL.safetensors", 75), ("PixArt-Sigma-XL", 300),
-    ("PixArt-XL", 120), ("ltx2", 1024), ("something else", None), ("", None),
+    ("PixArt-XL", 120), ("stable-diffusion-3.5-large", None), ("v1-5-pruned", 75), ("NoobAI-v1", 75), ("ltx2", 1024), ("something else", None), ("", None),
 ]  # fmt: skip
 
 
@@ -310,6 +322,31 @@ def test_a_page_that_is_somebody_elses_is_not_replaced(tool: Tool, make_image: I
     assert page.read_text(encoding="utf-8").endswith("mine</title>")
     tool("--review", "other.html", "--image-dir", "images", code=1)
     assert (tool.folder / "other.html").exists()
+
+
+def test_a_job_file_about_another_folder_does_not_judge_this_one(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    (tool.folder / "config").mkdir()
+    job = JOB.format(folder='"/data/elsewhere"', ext="txt")
+    (tool.folder / "config" / "job.yaml").write_text(job, encoding="utf-8")
+    text = "ohwx, " + ", ".join(f"a thing called {n}" for n in range(40)) + ".\n"
+    (tool.folder / "images" / "a.txt").write_text(text, encoding="utf-8")
+    assert review(tool, "--config-dir", "config", code=0) == {}
+
+
+def test_the_caption_of_a_video_is_not_without_an_image(tool: Tool, make_image: ImageMaker) -> None:
+    path = make_image("a.jpg")
+    for name in ("a.txt", "b.txt"):
+        path.with_name(name).write_text(f"ohwx, a house called {name[0]}.\n", encoding="utf-8")
+    path.with_name("b.mp4").touch()
+    assert review(tool, code=0) == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+def test_a_pipe_as_page_is_refused_without_waiting(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    os.mkfifo(tool.folder / "p.html")
+    assert "--review: p.html" in tool("--review", "p.html", "--image-dir", "images", code=2).stderr
 
 
 @pytest.mark.parametrize("target", ["notes.txt", "nowhere/page.html"])
