@@ -890,7 +890,8 @@ def write_caption(path: str, data: bytes, replaces: str = "") -> bool:
 
 STATE_FOLDER = ".gen-captions"  # trainers pass over it
 KEPT, UNDONE, RESTORED = "replaced", "undone", "restored"  # zips of originals, by what became of them
-LATEST, STAMP = 512 * 1024, rb'(?m)^\{"time": "([^"]{25})"'  # bytes at the journal's end, and when lines were written
+LATEST = 512 * 1024  # bytes at the journal's end
+ASKED = rb'(?m)^\{"time": "([^"]{25})".*"attempts": [1-9]'  # when an answer's line was written
 PAUSE_S = 60.0  # between two runs, not two answers
 INDEX = ".index.json"  # no kept file is called so: hidden names are passed over
 
@@ -991,7 +992,7 @@ class Journal:
         try:
             with open(self._path, "rb", opener=lambda path, _: os.open(path, READ_ONLY)) as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - LATEST))
-                stamps = [datetime.fromisoformat(found.decode()) for found in re.findall(STAMP, file.read())]
+                stamps = [datetime.fromisoformat(found.decode()) for found in re.findall(ASKED, file.read())]
         except (OSError, ValueError):
             return 0.0
         stamps.reverse()
@@ -1753,6 +1754,7 @@ TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")  # the current name, and 
 LONGEST_WAIT_S = 600.0
 LONGEST_RETRY_AFTER_S = 30 * 86_400.0  # whatever a server asks for beyond that
 LONGEST_TEXT = 200_000  # characters of an answer, reasoning and all
+BROKEN = "broken answer"  # an error's code, and a reason
 
 Parameters = dict[str, Any]
 
@@ -1969,27 +1971,26 @@ def parse_error(status: int, text: str, retry_after_s: float = 0.0) -> ErrorRepl
 
 
 def parse_reply(text: str) -> Reply | ErrorReply:
-    """Return the answer that came under HTTP 200. Raises TryAgain when it was cut or holds no answer."""
+    """Return the answer that came under HTTP 200; one that was cut or holds no answer is an error, BROKEN by code."""
     if text.lstrip()[:1] == "<":
         return ErrorReply(200, f"a web page came back ({parse_error(200, text).message})", "web_page")
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
-        raise TryAgain("broken answer", "the answer is no whole JSON") from None
+        return ErrorReply(200, "the answer is no whole JSON", BROKEN)
     choices = body.get("choices") if isinstance(body, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
+    usage = body.get("usage") if isinstance(body, dict) else None
+    usage = usage if isinstance(usage, dict) else {}
     failed = choice if isinstance(choice, dict) and choice.get("error") else body
     if (failed and isinstance(failed, list)) or (isinstance(failed, dict) and failed.get("error")):
         error = parse_error(500, json.dumps(failed))  # OpenRouter reports late errors so, with the status as code
         status = error.code.split(" ")[0]
         status_code = int(status) if re.fullmatch(r"[45]\d\d", status) else 500
-        usage = body.get("usage") if isinstance(body, dict) else None
-        return dataclasses.replace(
-            error, status=status_code, usage=read_usage(usage if isinstance(usage, dict) else {})
-        )
+        return dataclasses.replace(error, status=status_code, usage=read_usage(usage))
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-        raise TryAgain("broken answer", "the answer holds no choices")
-    return read_choice(choice, body.get("usage"), body.get("service_tier"))
+        return ErrorReply(200, "the answer holds no choices", BROKEN, usage=read_usage(usage))
+    return read_choice(choice, usage, body.get("service_tier"))
 
 
 def read_usage(usage: Mapping[str, Any]) -> Usage:
@@ -2010,7 +2011,7 @@ def read_count(count: Any) -> int | None:
     return int(count) if isinstance(count, int | float) and 0 <= count < 10**9 else None
 
 
-def read_choice(choice: Mapping[str, Any], usage: Any, tier: Any) -> Reply:
+def read_choice(choice: Mapping[str, Any], usage: Mapping[str, Any], tier: Any) -> Reply:
     """Return the reply of a completion's first choice."""
     message = choice["message"]
     content = message.get("content")
@@ -2019,7 +2020,6 @@ def read_choice(choice: Mapping[str, Any], usage: Any, tier: Any) -> Reply:
             part for part in content if isinstance(part, dict) and part.get("type", "text") in {"text", "output_text"}
         ]
         content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
-    usage = usage if isinstance(usage, dict) else {}
     details = usage.get("completion_tokens_details")
     reasoning = message.get("reasoning") or message.get("reasoning_content")  # Ollama, vLLM; LM Studio, llama.cpp
     return Reply(
@@ -2089,8 +2089,9 @@ def judge_error(error: ErrorReply, now: datetime, *, first: bool) -> StopRun | F
     if error.retry_after_s > LONGEST_WAIT_S:
         back = now + timedelta(seconds=error.retry_after_s)
         return StopRun(f"the server asks to come back after {back.astimezone():%d %B %H:%M}: {shown}; run again then")
-    if status in {0, 408, 409, 425, 429} or status >= 500:
-        return TryAgain(f"HTTP {status}" if status else "no answer", error.message, error.retry_after_s)
+    if status in {0, 408, 409, 425, 429} or status >= 500 or error.code == BROKEN:
+        reason = BROKEN if error.code == BROKEN else f"HTTP {status}" if status else "no answer"
+        return TryAgain(reason, error.message, error.retry_after_s)
     reason = "web page" if error.code == "web_page" else f"HTTP {status}"
     return FailImage(reason, f"{error.message}; the server rejects this image or request", by_server=True)
 
@@ -2266,7 +2267,7 @@ def judge_reply(reply: Reply, *, tags: bool = False) -> str:
     if re.search(CUT_OFF, reply.finish_reason):
         raise CutOff("cut off", "")
     if re.search(BROKEN_OFF, reply.finish_reason):
-        raise TryAgain("broken answer", f"the server broke off ({shorten(reply.finish_reason, 40)})")
+        raise TryAgain(BROKEN, f"the server broke off ({shorten(reply.finish_reason, 40)})")
     if re.match(WEB_PAGE, text) or re.match(ERROR_TEXT, text):
         raise FailImage("error text", f"{shorten(text, 120)}; look at the server", by_server=True)
     if re.match(THOUGHTS, text):
@@ -2444,7 +2445,8 @@ def is_free(error: ErrorReply) -> bool:
     A gateway that gave up waiting may stand before a model that did not.
     """
     gateway = error.status in {502, 504} or error.status >= 520
-    return error.code == "unreachable" or (error.status > 0 and not gateway and not error.usage.prompt)
+    billed = error.code == BROKEN or error.usage.prompt or error.usage.answer
+    return error.code == "unreachable" or (error.status > 0 and not gateway and not billed)
 
 
 class Bill:
@@ -2797,6 +2799,7 @@ class Stop:
 
 
 LONGEST_NAP_S = 1.0  # who waits looks again: an answer may have changed what there is to wait for
+LONG_S = 60.0  # a wait that a user wonders about
 STEADY_S = 5.0  # a pace is measured over so long
 RESERVE_S = 0.1  # of a limit's refill is left in it: requests do not arrive in the order and at the time they leave
 FEW_REFUSED = 0.05  # of the answers: some servers say 429 at random, and a real limit soon says it more often
@@ -2873,7 +2876,7 @@ class Throttle:
         self._pace, self._raise = math.inf, 0.0  # requests a second after a 429, and what each second adds to them
         self._good: deque[float] = deque(maxlen=1000)  # when the last answers came, by what they were
         self._refused: deque[float] = deque(maxlen=1000)
-        self._next = self._not_before = self._slowed_at = self._raised_at = 0.0
+        self._next = self._not_before = self._slowed_at = self._raised_at = self._said_until = 0.0
         self._queue = asyncio.Lock()
         self._stop = stop
 
@@ -2882,6 +2885,7 @@ class Throttle:
         async with self._queue:
             self._stop.check()
             while (wait_s := max(self._wait_s(time.monotonic()), self._bill.wait_s(most))) > 0:
+                self._say_long(wait_s, time.monotonic())
                 await self._stop.sleep(min(wait_s, LONGEST_NAP_S))
             now = time.monotonic()
             self._next = max(now, self._next) + max(self._interval_s, 1 / self._pace)
@@ -2914,6 +2918,12 @@ class Throttle:
             self._slowed_at = self._raised_at = now
             self._pace = min(self._pace, SLOWER * len(good) / (now - good[0]))
             self._raise = REGAINED * self._pace
+
+    def _say_long(self, wait_s: float, now: float) -> None:
+        """Say once that nothing is sent for long."""
+        if wait_s > LONG_S and now > self._said_until:
+            self._said_until = now + wait_s
+            log.warning("the limits leave no room for about %s; waiting (Ctrl-C loses nothing)", describe_time(wait_s))
 
     def _wait_s(self, now: float) -> float:
         return max(
@@ -3077,17 +3087,14 @@ class Asker:
             self._proven = True
             if answer.usage.is_whole and not question.usage.prompt:
                 self._bill.count_expected(question.expected.usage)
-            question.usage += answer.usage
-            question.dollars += dollars
             self._warn_of_unseen(answer.usage, question)
             self._warn_of_tier(answer.tier)
+        question.usage += answer.usage
+        question.dollars += dollars
         return answer
 
     async def _post(self, body: bytes) -> tuple[Reply | ErrorReply, Mapping[str, str]]:
-        """Send one request and return what came back, in whichever shape, and its headers.
-
-        Raises TryAgain on a torn answer.
-        """
+        """Send one request and return what came back, in whichever shape, and its headers."""
         import asyncio
 
         import aiohttp
@@ -4524,25 +4531,40 @@ class Captioner:
         return await self._ask_once(job, entry, question)
 
     async def _ask_once(self, job: Job, entry: Entry, question: Question) -> Outcome:
-        """Ask, or share the answer of an image with the same bytes; what was refused goes into the journal."""
+        """Ask, or share the answer of an image with the same bytes."""
         key = fingerprint(entry.image_sha256, question.prompt)
         known: tuple[str, str] | FailImage | None = None
         try:
-            if shared := await self._twins.find(key):
-                return await self._keep(job, entry, shared)
-            text, notes = await self._ask_by_the_rules(question)
+            text, notes = await self._find_caption(job, entry, question, key)
+            if notes is None:
+                return await self._keep(job, entry, text)
             outcome = await self._keep(job, entry, text, notes, question)
             known = (job.caption, hash_text(text)) if isinstance(outcome, Written) else None
         except FailImage as error:
             known = error if error.reason == "refused" else None
-            if known or question.usage.prompt:  # what was paid for has its line
-                failed = dataclasses.replace(entry, outcome="refused" if known else "failed")
-                with contextlib.suppress(OSError):  # then it is asked again next time
-                    await self._write(job, failed, question, None)
             raise
         finally:
             self._twins.remember(key, known)
         return outcome
+
+    async def _find_caption(
+        self, job: Job, entry: Entry, question: Question, key: str
+    ) -> tuple[str, list[tuple[str, str]] | None]:
+        """Return a caption and its notes, none for that of a twin.
+
+        A refusal, and whatever else was paid for and is no caption, gets its line in the journal.
+        """
+        try:
+            if shared := await self._twins.find(key):
+                return shared, None
+            return await self._ask_by_the_rules(question)
+        except (FailImage, StopRun) as error:
+            refused = isinstance(error, FailImage) and error.reason == "refused"
+            if refused or question.usage.prompt:
+                failed = dataclasses.replace(entry, outcome="refused" if refused else "failed")
+                with contextlib.suppress(OSError):  # then it is asked again next time
+                    await self._write(job, failed, question, None)
+            raise
 
     async def _ask_by_the_rules(self, question: Question) -> tuple[str, list[tuple[str, str]]]:
         """Return a caption that opens with the trigger, and what is to be noted about it; asks twice at the most."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
+import signal
 from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -202,9 +204,14 @@ def test_dry_run_of_an_unknown_price_says_the_tokens_and_how_to_give_one(tool: T
 def test_dry_run_knows_the_pace_of_the_last_run_and_the_budget(tool: Tool) -> None:
     folder = tool.folder / "images" / ".gen-captions"
     folder.mkdir()
-    lines = [{"time": f"2026-11-24T10:00:{second:02}+00:00", "caption": "z.txt"} for second in range(0, 40, 2)]
-    before = {"time": "2026-11-23T10:00:00+00:00", "caption": "z.txt"}
-    text = "".join(json.dumps(line) + "\n" for line in (before, *lines))
+    lines = [
+        {"time": f"2026-11-24T10:00:{second:02}+00:00", "caption": "z.txt", "attempts": 1} for second in range(0, 40, 2)
+    ]
+    before = {"time": "2026-11-23T10:00:00+00:00", "caption": "z.txt", "attempts": 1}
+    renewed = [
+        {"time": f"2026-11-24T10:00:{second:02}+00:00", "caption": "z.txt", "attempts": 0} for second in range(40)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in (before, *lines, *renewed))
     (folder / "journal.jsonl").write_text(text, encoding="utf-8")
     last = tool("-n", "--image-dir", "images", *PRICED, "--max-cost", "0.0001").stdout.splitlines()[-1]
     assert last.endswith(": --max-cost $0.0001 will end it early; about 8 s at 0.5 a second")
@@ -273,6 +280,42 @@ def test_answers_that_are_lost_on_their_way_count_at_their_worst(tool: Tool, ser
     err = tool("--image-dir", "images", *PRICED, "--max-cost", "0.001", "--throttle-retries", "50", code=3).stderr
     assert 1 <= server.stats()["requests"] <= 6
     assert f"with {server.stats()['requests']} answers lost or not counted" in err
+
+
+@pytest.mark.usefixtures("images")
+def test_an_answer_without_choices_is_paid_for_as_it_was_counted(tool: Tool, server: Server) -> None:
+    usage = {"prompt_tokens": 1200, "completion_tokens": 3000}
+    server.script(steps=[{"body": {"choices": [], "usage": usage}}])
+    err = tool("--image-dir", "images", *PRICED).stderr
+    assert "broken answer: the answer holds no choices; retry 1 of 10" in err
+    assert "6,000 tokens in, 3,080 out" in err
+    assert "lost" not in err
+
+
+@pytest.mark.usefixtures("images")
+def test_an_answer_whose_second_try_the_budget_forbids_has_its_line_in_the_journal(tool: Tool, server: Server) -> None:
+    server.script(then={"finish_reason": "length", "usage": {"prompt_tokens": 1200, "completion_tokens": 300}})
+    tool("--image-dir", "images", *PRICED, "--max-cost", "0.0004", "--thread-pool", "1", code=3)
+    assert server.stats()["requests"] == 1
+    [line] = (tool.folder / "images" / ".gen-captions" / "journal.jsonl").read_text().splitlines()
+    assert json.loads(line)["outcome"] == "failed"
+    assert json.loads(line)["usd"] == pytest.approx(0.00027)
+
+
+@pytest.mark.usefixtures("images")
+def test_a_long_wait_for_a_limit_is_said_once(tool: Tool, server: Server) -> None:
+    headers = {
+        f"x-ratelimit-{word}-requests": text for word, text in (("limit", "100"), ("remaining", "0"), ("reset", "24h"))
+    }
+    answer = {"choices": [{"message": {"content": "A red square."}, "finish_reason": "stop"}], "usage": {}}
+    server.script(then={"body": answer, "headers": {**headers, "Content-Type": "application/json"}})
+    process = tool.start("--image-dir", "images")
+    assert process.stderr
+    said = next(line for line in process.stderr if "WARNING" in line)
+    assert re.search(r"the limits leave no room for about .*; waiting", said)
+    process.send_signal(signal.SIGINT)
+    assert "leave no room" not in process.communicate(timeout=30)[1]
+    assert process.returncode == 130
 
 
 @pytest.mark.usefixtures("images")
