@@ -1475,6 +1475,11 @@ def decide_trigger(word: str | None, matching: Sequence[Dataset], datasets: Sequ
 
 def remark_on_trigger(trigger: Trigger, matching: Sequence[Dataset]) -> list[str]:
     """Return what the trainer of the job files would do to captions that open with the user's word."""
+    words = dict.fromkeys(item.trigger for item in matching if item.trigger)
+    if trigger.put == TRAINERS_MARK and len(words) > 1:
+        return [
+            f"{matching[0].file}: these folders have {len(words)} trigger words ({', '.join(words)}); the first counts"
+        ]
     if trigger.put in {"", TRAINERS_MARK}:
         return []
     remarks: list[str] = []
@@ -2112,15 +2117,24 @@ THINKING = (
 )
 THINKING_END = r"(?s)(?:.*<\|channel\|>final<\|message\|>|analysis.*assistantfinal)"  # gpt-oss, marks or no marks
 THOUGHTS = (  # without any marks
-    r"(?i)thinking process:|thought the user|the user (?:wants|asks|is asking)|we need to (?:write|caption|describe)"
-    r"|(?:okay|ok|got it|alright)[,.] .{0,40}(?:the user|let['’]s)|let me (?:analy|think|look)"
+    r"(?i)thinking process:|thought the user|the user (?:wants|asks|is asking)|so,? the task is"
+    r"|(?:(?:okay|ok|got it|alright|hmm|first|now),? (?:so,? )?)?(?:i|we) (?:need|have|should)(?: to)? "
+    r"(?:write|caption|describe|look|analy|create|produce|generate)"
+    r"|(?:okay|ok|got it|alright|hmm)[,.] .{0,40}(?:the user|let['’]s)|let['’]s (?:tackle|analy|see|break (?:this|it))"
+    r"|let me (?:analy|look at|think(?: about| through| step|[.:]))"
 )
 TURN_END = r"<\|(?:eot_id|im_end|endoftext|end)\|>|<end_of_turn>|<eos>|</s>|\[/INST\]|<｜end▁of▁sentence｜>"
 SPECIAL_TOKENS = r"<\|im_start\|>assistant|<\|\w+\|>|<s>|</?answer>"  # a template's own, <|begin_of_box|> too
 FENCE = r"(?s)```[\w-]*\n(.*)\n```"
 LINE_MARKS = r"(?m)^(?:#{1,6}|[-*•>]) "
-QUOTED = r"(\"[^\"]{0,500}\"|“[^”“]{0,500}”)"
-EMPHASIS = r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]{1,300})(?<=[^\s*])\1(?![\w*])"  # around words, not 5 * 3
+QUOTED = r"(\"[^\"]{0,500}\"|„[^“”]{0,500}[“”]|“[^”“]{0,500}”|«[^»]{0,500}»|「[^」]{0,500}」|『[^』]{0,500}』)"
+MARKUP = (  # marks that a page would not show, and what is left of them
+    (r"(?<![\w*])(\*{1,3})(?=[^\s*])(?=[^*\n]*[^\W_])([^*\n]{1,300})(?<=[^\s*])\1(?![\w*])", r"\2"),  # not 5 * 3, *^_^*
+    (r"(?<!\w)__(?=\S)([^_\n]{1,300} [^_\n]{1,300})(?<=\S)__(?!\w)", r"\1"),  # not __init__
+    (r"!?\[([^\]\n]{0,300})\]\(\S{1,500}\)", r"\1"),
+    (r"(?i)</?(?:b|i|u|em|strong|span|caption|description|prompt)\b[^<>]{0,100}>", ""),
+    (r"(?i)</?(?:p|br|div|ul|ol|li)\b[^<>]{0,100}>|(?<=[.,;!?\s])\\n|\\n(?![a-z])", " "),
+)
 ABOUT = r"(?:captions?|descriptions?|prompts?|tags|sentence)"
 OPENING = (
     r"(?i)(?:(?:sure|certainly|of course|absolutely|okay|ok|great)\b[^\w\n]*\s*)?"
@@ -2128,10 +2142,12 @@ OPENING = (
     rf"|(?:(?:image|photo|suggested|final|training)\s+)?{ABOUT}(?:\s*:\s*|\s*\n+))"
 )
 CLOSING = (
-    r"(?is)(?<=[.!?\"”])\n(?:let me know|feel free|would you like|i hope|hope this"
-    r"|if you(?:['’]d| would)? (?:like|want|need))\b.*\Z"
+    r"(?is)(?<=[.!?\"”])(?:\n(?:let me know|feel free|would you like|i hope|hope this"
+    r"|if you(?:['’]d| would)? (?:like|want|need))\b"
+    r"|\s+(?:let me know if|feel free to (?:ask|reach)|i hope (?:this|that|it) helps|\(?word count:?) ?\b).*\Z"
 )
-INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\u2060\ufeff\ud800-\udfff]"  # controls, BOM, half characters
+# controls, BOM, half characters, soft hyphens, marks of direction
+INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 QUOTES = {'"': '"', "“": "”", "«": "»", "'": "'", "‘": "’", "「": "」", "`": "`"}
 
 
@@ -2164,8 +2180,15 @@ def strip_reasoning(text: str) -> str:
     return text[end:] if end or not opened else ""
 
 
+def strip_markup(text: str) -> str:
+    """Return a text without marks for emphasis, links and line breaks."""
+    for pattern, instead in MARKUP:
+        text = re.sub(pattern, instead, text)
+    return text
+
+
 def clean_caption(content: str, *, tags: bool = False) -> str:
-    """Return an answer as one trimmed line: without reasoning, fences, openings, markdown and invisible characters.
+    """Return an answer as one trimmed line: without reasoning, fences, openings, markup and invisible characters.
 
     Lines are joined by a blank, those of `tags` by a comma.
     """
@@ -2179,7 +2202,7 @@ def clean_caption(content: str, *, tags: bool = False) -> str:
         text = unquote(re.sub(CLOSING, "", text).strip())
         # what is quoted is copied from the image, asterisks and all
         parts = re.split(QUOTED, text)
-        text = "".join(part if n % 2 else re.sub(EMPHASIS, r"\2", part) for n, part in enumerate(parts))
+        text = "".join(part if n % 2 else strip_markup(part) for n, part in enumerate(parts)).strip()
         if opening := re.match(OPENING, text):
             text = text[opening.end() :]
     return " ".join((text.replace("\n", ", ") if tags else text).split())
@@ -2188,7 +2211,16 @@ def clean_caption(content: str, *, tags: bool = False) -> str:
 # What answers instead of captioning, by language. Tried at the start only, since a caption may quote any of these,
 # and in lower case but for the first letter: a title may read "I Can't Believe It".
 CANNOT = (
-    r"(?:can(?:not|['’]?t| not)|couldn['’]?t|won['’]?t|will not|must (?:\w+ )?decline|(?:am|are) (?:not able|unable))"
+    r"(?:can(?:not|['’]?t| not)|couldn['’]?t|won['’]?t|will not|must (?:\w+ )?(?:decline|refuse)"
+    r"|(?:am|are) (?:not able|unable))"
+)
+HELP = (
+    "assist|help|process|describe|identify|comply|fulfil|provide|generate|caption|complete|discuss|determine"
+    "|recogni[sz]e"
+)
+THE_IMAGE = (
+    r"(?:(?:the|this|that|your|any|an?) )?(?:\w+ )?"
+    r"(?:image|photo|picture|file|attachment|link|details|information|context)"
 )
 POLITELY = (
     r"(?:(?:unfortunately|apologies|sorry|regrettably|thank you for [^,.]{0,40}"
@@ -2196,43 +2228,63 @@ POLITELY = (
     r"[,.!]? (?:but )?)?"
 )
 REFUSALS = (
-    rf"{POLITELY}(?:i|I|we) {CANNOT}\b",
+    rf"{POLITELY}(?:i|I) {CANNOT}\b(?! (?:believe|wait|stop|live|breathe|even)\b)",
+    rf"{POLITELY}we {CANNOT} (?:to )?(?:{HELP}|(?:see|view|open) {THE_IMAGE})",
     rf"{POLITELY}(?:i|I|we)(?:['’](?:m|re)| am| are) (?:unable|not (?:able|allowed|comfortable|going))\b",
     rf"{POLITELY}(?:i|I) (?:apologi[sz]e|do not|don['’]t|(?:have|need) to (?:decline|pass))\b|sorry[.!]?$",
+    r"(?:i|I)(?:['’]d| would) rather not\b|i (?:regret|am programmed|was designed)\b|(?:i['’]m |i am )?not able to\b",
+    rf"sorry,? (?:but )?{THE_IMAGE}|(?:cannot|can['’]t|could not) (?:{HELP})|let['’]s keep (?:our|this|the)\b",
+    r".{0,80}\b(?:isn['’]t|is not) something (?:that )?I(?: can|['’]m| am)\b|it(?:['’]s| is) against my\b",
     r"(?:i|we)(?:['’](?:m|re)| am| are) (?:\w+ )?(?:sorry|afraid)(?=[,.!;:]|$| (?:but|i|I|that|about|for|to|we)\b)",
     r"i['’](?:d be happy to|ll have to (?:decline|pass))\b|i['’]m (?:just )?an? (?:\w+ )?(?:AI|model|assistant)\b",
-    r"my (?:apologies|guidelines|policy|policies)\b|as an? (?:\w+ ){0,2}(?:ai|AI|(?:language|vision) model)\b",
-    r"unable to (?:process|assist|help|describe|comply|fulfil)|your request was rejected|content removed",
-    r"this (?:image|content|request) (?:may )?(?:violates?|goes against|contains explicit)|hello! [hH]ow can [iI]",
-    r"(?:could you )?(?:please|kindly) (?:provide|upload|attach|share) ",
+    r"my (?:apologies|guidelines|policy|policies)\b",
+    r"as an? (?:\w+ ){0,2}(?:ai|AI|(?:language|vision) model)\b[^.]{0,80}?\b(?:I|my)\b",
+    rf"unable to (?:{HELP})|(?:your )?request (?:was )?(?:rejected|blocked|refused|denied)|content (?:removed|policy)",
+    r"this (?:image|content|request) (?:may )?(?:violates?|goes against|contains explicit|cannot|can['’]t|could not)\b",
+    rf"hello! [hH]ow can [iI]|(?:could you )?(?:please|kindly) (?:provide|upload|attach|share) {THE_IMAGE}",
     r"you have(?:n['’]t| not) (?:provided|attached|uploaded)",
     r"(?:there (?:is|was) )?no image (?:was |is |has been )?(?:provided|attached|uploaded|detected|found)",
     r"(?:the image|it) (?:could not|couldn['’]t|cannot|can['’]t) be (?:loaded|processed|displayed|viewed)",
     r"there (?:does not|doesn['’]t) (?:appear|seem) to be an(?:y)? image",
     r"it (?:seems|looks like|appears)\b.{0,40}\b(?:no image|image (?:was|is|did) ?n)",
-    r"(?:es )?tut mir (?:sehr )?leid\b|ich kann\b.{0,60}\bnicht\b|leider (?:kann|darf) ich\b|entschuldigung,",
-    r"(?:je suis )?(?:vraiment )?désolée?\b|je ne (?:peux|suis|puis)\b|malheureusement,? je\b",
-    r"lo (?:siento|lamento)\b|no puedo\b|lamentablemente,? no\b",
-    r"sinto muito\b|desculpe\b|lamento,? mas\b|(?:infelizmente,? )?não posso\b",
-    r"mi (?:dispiace|scuso)\b|(?:purtroppo,? )?non posso\b|het spijt me\b|(?:sorry,? )?ik kan\b.{0,60}\bniet\b",
+    r"(?:es )?tut mir (?:sehr )?leid\b|ich kann (?!dich)\b.{0,60}\bnicht\b|leider (?:kann|darf) ich\b|entschuldigung,",
+    r"(?:je suis )?(?:vraiment )?désolée?(?=[.!]|,? (?:mais|je)\b)|je ne (?:peux|suis|puis)\b|je regrette\b",
+    r"malheureusement,? je\b|il m['’]est impossible\b|impossible de (?:décrire|traiter)\b",
+    r"lo (?:siento|lamento)\b|no puedo\b|lamentablemente,? no\b|no es posible (?:describir|procesar)\b",
+    r"sinto muito\b|desculpe\b|lamento,? mas\b|(?:infelizmente,? )?não (?:posso|consigo)\b",
+    r"mi (?:dispiace|scuso)\b|(?:purtroppo,? )?non (?:posso|sono in grado)\b",
+    r"het spijt me\b|(?:sorry,? )?ik kan\b.{0,60}\bniet\b",
     r"przykro mi\b|przepraszam\b|(?:niestety,? )?nie mogę\b|üzgünüm\b|maalesef\b",
-    r"к сожалению\b|извините\b|простите\b|мне (?:очень )?жаль\b|я не могу\b",
-    r"(?:很|非常|十分)?(?:抱歉|对不起|對不起)|我?(?:无法|無法)(?:识别|描述|处理|協助|协助)|我(?:无法|無法|不能|没办法)",
-    r"作为一个?.{0,6}(?:AI|模型|助手)",
-    r"عذر|آسف|لا (?:أستطيع|يمكنني)|क्षमा करें|माफ़|मुझे खेद|xin lỗi|tôi không thể|ขออภัย|ขอโทษ",
+    r"к сожалению\b|извините\b|простите\b|мне (?:очень )?жаль(?=[,.!]? но\b|[.!]|, что\b)|я не могу\b",
+    r"(?:很|非常|十分)?(?:抱歉|对不起|對不起)|我?(?:无法|無法)(?:识别|描述|处理|處理|提供|協助|协助)|我(?:无法|無法|不能|没办法)",
+    r"作为一?个?.{0,6}(?:AI|模型|助手)",
+    r"عذر(?!اء)|آسف|لا (?:أستطيع|يمكنني)|क्षमा करें|माफ़|मुझे खेद|xin lỗi|tôi không thể|ขออภัย|ขอโทษ",
     r"maaf,|saya tidak (?:bisa|dapat)\b",
-    r"omlouvám se|je mi líto|nemohu\b|(?:jag är )?ledsen,|tyvärr\b|jag kan inte\b",
-    r"申し訳|すみません|ごめんなさい|죄송|미안",
+    r"omlouvám se|je mi líto|nemohu\b|(?:jag är )?ledsen,? men\b|tyvärr\b|jag kan inte\b",
+    r"申し訳|すみません|ごめんなさい|.{0,30}(?:お手伝い|対応|説明|お答え)(?:すること)?(?:は|が)?(?:できません|いたしかねます)",
+    r"죄송|미안하지만|미안합니다|.{0,30}(?:도와드릴|설명할|처리할) 수 없",
 )
 REFUSAL = "|".join(f"(?:{pattern})" for pattern in REFUSALS)
-ERROR_TEXT = (
-    r"(?i)\W*(?:(?:\w*error|exception)(?: code)?(?: \d+)?\s*[:\]]|traceback \(|an? (?:\w+ )?error (?:has )?occurred"
-    r"|(?:http )?(?:\d{3} )?(?:internal server error|bad gateway|service unavailable|gateway time-?out)"
-    r"|error (?:processing|generating|loading) |cuda error|failed to (?:load|process) |request timed out"
-    r"|oops\b.{0,20}went wrong|upstream connect error|\[object object\]|too many requests"
-    r"|rate limit (?:exceeded|reached))|\{\s*[\"']"
+REFUSED_LATER = (  # after some words of a caption
+    r"(?<=[.!?] )(?:(?:However|Unfortunately), )?(?:(?:I['’]m|I am) sorry,? (?:but )?I\b|I apologi[sz]e\b"
+    rf"|Sorry, (?:but )?I\b|(?:I can(?:not|['’]?t)|I(?: am|['’]m) (?:not able|unable) to) (?:{HELP})|As an AI\b)"
 )
-WEB_PAGE = r"(?is)(?:<!--.*?-->\s*)?<(?:!doctype|html|head|body|title|center|h1|\?xml)\b|<\?xml"
+ERROR_TEXT = (
+    r"(?i)\W*(?:(?:(?-i:[\w.]*Error)|error|exception)(?: code)?(?: \d+)?\s*[:\]]|(?-i:[\w.]+(?:Error|Exception))\("
+    r"|traceback \(|an? (?:\w+ )?error (?:has )?occurred"
+    r"|(?:http )?(?:\d{3} )?(?:internal server error|bad gateway|service unavailable|gateway time-?out)"
+    r"|error (?:processing|generating|loading) |cuda (?:error|out of memory)|(?:failed|unable) to (?:load|process) "
+    r"|request (?:timed out|failed)|connection (?:error|refused|reset|timed out)|out of memory|status code:? \d{3}"
+    r"|oops\b.{0,20}went wrong|upstream connect error|\[object object\]|<class |too many requests"
+    r"|(?:api )?(?:rate limit|quota) (?:exceeded|reached)|lorem ipsum)|\{\s*[\"']"
+)
+WEB_PAGE = (
+    r"(?is)(?:<!--.*?-->\s*)?(?:<(?:!doctype|title|center|h1|\?xml)\b|<(?:html|head|body)\b[^>]*>(?=\s*$|.*</?\w))"
+)
+NOTHING = {
+    "null", "none", "n/a", "undefined", "nan", "todo", "tbd", "placeholder", "untitled", "caption here",
+    "your caption here", "insert caption here", "no caption", "no description available",
+}  # fmt: skip
 CUT_OFF = r"(?i)length|max_?tokens"  # model_length is Mistral's
 FILTERED = r"(?i)content_?filter|safety|prohibited|recitation|blocklist"
 BROKEN_OFF = r"(?i)error|abort|timeout|cancel"  # OpenRouter's and vLLM's
@@ -2259,7 +2311,9 @@ def judge_reply(reply: Reply, *, tags: bool = False) -> str:
         raise FailImage("looping", f"an answer of {len(reply.content):,} characters; take another model")
     text = clean_caption(reply.content, tags=tags)
     by_hand = "caption it by hand or with another model"
-    if reply.refusal or re.search(FILTERED, reply.finish_reason) or re.match(REFUSAL, text[:1].lower() + text[1:]):
+    unquoted, start = re.sub(QUOTED, "", text), text.lstrip("[(<*")
+    is_refusal = re.match(REFUSAL, start[:1].lower() + start[1:]) or re.search(REFUSED_LATER, unquoted)
+    if reply.refusal or re.search(FILTERED, reply.finish_reason) or is_refusal:
         said = shorten(reply.refusal or text or "filtered by the server", 120).rstrip(".")
         raise FailImage("refused", f"{said}; {by_hand}")
     if is_looping(text):
@@ -2270,9 +2324,9 @@ def judge_reply(reply: Reply, *, tags: bool = False) -> str:
         raise TryAgain(BROKEN, f"the server broke off ({shorten(reply.finish_reason, 40)})")
     if re.match(WEB_PAGE, text) or re.match(ERROR_TEXT, text):
         raise FailImage("error text", f"{shorten(text, 120)}; look at the server", by_server=True)
-    if re.match(THOUGHTS, text):
+    if re.match(THOUGHTS, text) or re.search(THINKING, unquoted):
         raise FailImage("reasoning only", "set GETCAP_REASONING_EFFORT=none, or take another model")
-    if not any(c.isalnum() for c in text) or text.lower() in {"null", "none", "n/a", "undefined"}:
+    if not any(c.isalnum() for c in text) or text.lower().strip(" .[]<>") in NOTHING:
         if reply.has_reasoning or re.search(THINKING, reply.content) or "<|channel|>" in reply.content:
             raise FailImage("reasoning only", "set GETCAP_REASONING_EFFORT=none, or raise GETCAP_MAX_TOKENS")
         raise FailImage("empty", f"the answer holds no words; run again, or {by_hand}")
@@ -2557,6 +2611,7 @@ CLAUSE_END = r"[,;]\s+|[，；]"
 SHORTEST_CLAUSE = 4  # words: "In a park" says nothing
 TAG_END = r"[,;，、]\s*"
 LONGEST_TAG = 6  # words
+NO_BLANKS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"  # kana, Han, Hangul: written without, or with endings
 DETERMINER = r"\b(an?|the|this|that|his|her|their|its|another|one|two|three)"
 # what follows a name, and not the first half of one: "the ohwx is", but "the ohwx man"
 AFTER_NAME = (
@@ -2605,13 +2660,19 @@ def tidy_tags(text: str) -> str:
     return ", ".join(found.values())
 
 
+def whole_word(word: str, spelt: str) -> str:
+    """Return the pattern of a word that is no part of a longer one; scripts without blanks know no such bounds."""
+    before, after = ("" if re.match(f"[{NO_BLANKS}]", c) else f"[^\\W{NO_BLANKS}]" for c in (word[0], word[-1]))
+    return (f"(?<!{before})" if before else "") + spelt + (f"(?!{after})" if after else "")
+
+
 def find_mention(trigger: Trigger, *, word: bool) -> str:
     """Return the pattern of the trigger in a text: its marks, and its word when that is asked for, quoted or not.
 
     ai-toolkit reads [name] in a caption as the trigger too (toolkit/prompt_utils.py).
     """
     spelt = re.escape(trigger.word).replace("_", "[_ ]")
-    own = rf"|(?<!\w){spelt}(?!\w)" if word and trigger.word else ""
+    own = f"|{whole_word(trigger.word, spelt)}" if word and trigger.word else ""
     return rf"(?i:[\"“”‘`*]{{0,3}}(?:\[\s?(?:trigger|name)\s?\]{own})(?:[\"“”`*]|['’](?!s\b)){{0,3}})"
 
 
@@ -2711,15 +2772,17 @@ def swap_trigger(text: str, before: str, recipe: Recipe) -> str:
 
 def find_hiding(word: str, text: str) -> str:
     """Return the longer word of a text that contains the trigger, which trainers look for as a plain substring."""
-    spelt = re.escape(word)
-    inside = re.search(rf"\w{{1,30}}{spelt}\w{{0,30}}|{spelt}\w{{1,30}}", text) if word else None
+    spelt, letter = re.escape(word), f"[^\\W{NO_BLANKS}]"
+    if not word or re.search(f"[{NO_BLANKS}]", word):
+        return ""
+    inside = re.search(rf"{letter}{{1,30}}{spelt}\w{{0,30}}|{spelt}{letter}{{1,30}}", text)
     return inside[0] if inside else ""
 
 
 def find_excluded(text: str, exclude: Sequence[str]) -> list[str]:
     """Return which excluded words a text mentions, as whole words in any letter case."""
-    patterns = {term: re.escape(term).replace(r"\ ", r"\s+") for term in exclude}
-    return [term for term, pattern in patterns.items() if re.search(rf"(?i)(?<!\w){pattern}(?!\w)", text)]
+    patterns = {term: whole_word(term, re.escape(term).replace(r"\ ", r"\s+")) for term in exclude}
+    return [term for term, pattern in patterns.items() if re.search(f"(?i){pattern}", text)]
 
 
 def find_faults(text: str, recipe: Recipe) -> list[tuple[str, str]]:
@@ -3890,6 +3953,7 @@ FINDINGS = {  # what each does in training, and what to do about it
     "several lines": ("sd-scripts reads the first; SimpleTuner and OneTrainer pick one of them", "join them"),
     "refused": ("a refusal is trained", RENEW),
     "error text": ("an error message is trained", RENEW),
+    "invisible characters": ("they are trained and nobody sees them", "delete them"),
     "reasoning": ("a model's thoughts are trained", RENEW),
     "looping": ("a phrase said over and over is trained", RENEW),
     "empty": ("there are no words to train", RENEW),
@@ -3914,6 +3978,8 @@ FORMAT_SUFFIXES = {
     "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "GIF": (".gif",),
     "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "AVIF": (".avif",), "HEIF": (".heic", ".heif"),
 }  # fmt: skip
+FORMAT_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+OTHER_IMAGES = (".jfif", ".jpe", ".jp2", ".jxl", ".tga", ".psd", ".svg")  # neither captioned nor trained
 TOKEN_LIMITS_OF_MODELS = (  # by a job file's arch or name_or_path; CLIP's 77 include two marks
     (r"(?i)sdxl|sd_?xl|sd15|sd_?1|v1-5|stable-diffusion(?!-3)|pony|illustrious|noobai|juggernaut", 75),
     (r"(?i)hidream", 128),
@@ -3923,13 +3989,23 @@ TOKEN_LIMITS_OF_MODELS = (  # by a job file's arch or name_or_path; CLIP's 77 in
     (r"(?i)ltx", 1024),
     (r"(?i)flux|flex|wan|chroma|kontext|anima|krea|qwen", 512),
 )
+PICTURE = r"(?:image|photo(?:graph)?|picture|illustration|drawing|painting|scene|screenshot)"
 ABOUT_IMAGE = (
-    r"(?i)(?:this|the) (?:\w+ ){0,2}(?:image|photo(?:graph)?|picture|illustration|drawing|painting)"
+    rf"(?i)(?:this|the) (?:\w+ ){{0,2}}{PICTURE}(?: (?:you (?:sent|shared|provided|uploaded)|provided|above|below))?"
     r"(?: (?:appears to|seems to))? (?:shows?|depicts?|features?|captures?|presents?|displays?|portrays?|is of)\b"
-    r"|(?i:in (?:this|the) (?:image|photo(?:graph)?|picture),|(?:this is )?an image of\b)"
+    rf"|in (?:this|the) {PICTURE}(?:,| (?:we|you|there)\b)|(?:we|you) (?:can )?see\b|(?:title|image|photo)\s*:"
+    rf"|(?:(?:this|it|here) is )?an image of\b|(?:this|it|here) is (?:an?|the) {PICTURE} (?:of|showing)\b|arafe?d?\b"
 )
-DANGLING = r"\b(?:a|the|of|with|and|or|from|her|his|its|their|while|because|which)$"  # nothing ends with these
-LONG_ENOUGH = 25  # words
+DANGLING = (  # nothing ends with these
+    r"\b(?:a|the|of|with|and|or|from|her|his|its|their|while|because|which|that|whose|who|under|between|into|onto"
+    r"|holding|wearing|is|are)$"
+)
+NEVER_CLOSED = r"(?<![:;=])\([^)]*$|(?<!\d)\"[^\"]*$|“[^”]*$|「[^」]*$"
+LONG_ENOUGH = 33  # tokens
+LOST = r"\ufffd|(?<![\w/?=&.])[A-Za-z]{1,20}\?[a-z]{1,20}(?![\w=/])"  # not watch?v=
+BREAKS_LINES = (
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"  # Thai, Lao, Burmese, Khmer: between words that have no blanks
+)
 SCRIPTS = {  # the first words of characters' names, by what they are used with
     **dict.fromkeys(("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "HALFWIDTH"), "CJK"),
     **dict.fromkeys(("FULLWIDTH", "MASCULINE", "FEMININE", "MODIFIER"), "LATIN"),
@@ -3964,8 +4040,8 @@ class Sample:
 def read_caption(data: bytes) -> tuple[str, list[tuple[str, str]]]:
     """Return what a caption file says, and what is wrong with its bytes and lines: kinds and details."""
     decoding = decode_text(data)
-    if decoding.kind == "right" and "\ufffd" in decoding.text:
-        return decoding.text.strip(), [("damaged letters", "")]
+    if decoding.kind == "right" and (lost := re.search(LOST, decoding.text)):
+        return decoding.text.strip(), [("damaged letters", lost[0])]
     if decoding.kind in {"unclear", "no text"}:
         text = data.decode("utf-8", "replace")
         return text.strip(), [("damaged letters" if decode_utf8(data) is not None else "not UTF-8", decoding.why)]
@@ -3992,7 +4068,10 @@ def find_chatter(text: str, recipe: Recipe) -> list[tuple[str, str]]:
         return [("reasoning", shorten(text, 80))]
     opening = re.match(OPENING, bare) or re.match(ABOUT_IMAGE, bare)
     faults = [("opening", shorten(opening[0], 80))] if opening else []
-    as_one_line = " ".join((", " if tags else " ").join(bare.splitlines()).split())
+    hidden = set(re.findall(INVISIBLE, bare)) - ({"\u200b"} if re.search(BREAKS_LINES, bare) else set())
+    if hidden:
+        faults.append(("invisible characters", ", ".join(sorted(f"U+{ord(c):04X}" for c in hidden))))
+    as_one_line = " ".join((", " if tags else " ").join(re.sub(INVISIBLE, "", bare).splitlines()).split())
     if cleaned != as_one_line and not re.match(OPENING, bare):
         faults.append(("markup", f"would read {shorten(cleaned, 80)}"))
     return faults
@@ -4000,10 +4079,10 @@ def find_chatter(text: str, recipe: Recipe) -> list[tuple[str, str]]:
 
 def is_cut_off(text: str) -> bool:
     """Return whether a caption ends in mid-sentence: after a word that needs another, or with its last stop missing."""
-    if re.search(DANGLING, text):
+    if re.search(DANGLING, text) or re.search(NEVER_CLOSED, re.sub(QUOTED, "", text)):
         return True
     # people leave out the last stop of a short caption; a model does not, unless it was stopped
-    is_long = count_words(text) >= LONG_ENOUGH and len(split_text(text, SENTENCE_END)) > 1
+    is_long = caption_tokens(text) >= LONG_ENOUGH and len(split_text(text, SENTENCE_END)) > 1
     return is_long and bool(re.search(r"[^\W\d],?$", text))
 
 
@@ -4011,8 +4090,10 @@ def find_trigger_faults(text: str, trigger: Trigger) -> list[tuple[str, str]]:
     """Return what is wrong with the trigger in a caption, by what ai-toolkit does (toolkit/prompt_utils.py)."""
     if not trigger.put:
         return []
-    word = rf"|(?<!\w){re.escape(trigger.word)}(?!\w)" if trigger.word else ""
-    exact = re.findall(rf"\[(?:trigger|name)\]{word}", text)
+    word = f"|{whole_word(trigger.word, re.escape(trigger.word))}" if trigger.word else ""
+    # what is quoted is read in the picture
+    exact = re.findall(rf"\[(?:trigger|name)\]{word}", re.sub(QUOTED, "", text))
+    exact = exact or re.findall(rf"\[(?:trigger|name)\]{word}", text)
     if exact:
         many = len(exact) > 1 and not is_ordinary(trigger.word)
         return [("trigger twice", f"{len(exact)} times")] if many else []
@@ -4025,8 +4106,8 @@ def find_trigger_faults(text: str, trigger: Trigger) -> list[tuple[str, str]]:
 
 def caption_tokens(text: str) -> int:
     """Return about how many tokens a caption is for a text encoder."""
-    signs = len(re.findall(f"[{HAN}ぁ-ヿ가-힣]", text))
-    return signs + round(TOKENS_A_WORD * count_words(re.sub(f"[{HAN}ぁ-ヿ가-힣]", "", text)))
+    signs = len(re.findall(f"[{NO_BLANKS}]", text))
+    return signs + round(TOKENS_A_WORD * count_words(re.sub(f"[{NO_BLANKS}]", "", text)))
 
 
 def token_limit(architecture: str) -> int | None:
@@ -4077,7 +4158,8 @@ def judge_set(samples: Sequence[Sample]) -> None:
     scripts = [find_scripts(sample.text) for sample in captioned]
     usual = Counter(max(found, key=found.__getitem__) for found in scripts).most_common(1)
     for sample, found in zip(captioned, scripts, strict=True):
-        others = [name for name, number in found.items() if number > 1 and name not in {usual[0][0], "LATIN"}]
+        few = {name: name != "CYRILLIC" for name in found}  # its letters look like Latin ones, and are none
+        others = [name for name, n in found.items() if n > few[name] and name not in {usual[0][0], "LATIN"}]
         if others or not found[usual[0][0]]:
             sample.find("wrong script", ", ".join(others).lower() or "latin")
     names: dict[tuple[str, str], str] = {}
@@ -5030,7 +5112,8 @@ def open_page(target: str) -> str:
     try:
         if os.path.lexists(target):
             with open(target, "rb", opener=lambda path, _: os.open(path, READ_ONLY)) as before:  # a pipe would wait
-                is_page = before.read(len(PAGE_MARK)) == PAGE_MARK.encode()
+                is_file = stat.S_ISREG(os.fstat(before.fileno()).st_mode)
+                is_page = is_file and before.read(len(PAGE_MARK)) in {b"", PAGE_MARK.encode()}
             if not is_page:
                 raise SettingsError(f"{shown}: is there already and is no page of this tool; name another file")
         elif not os.access(os.path.dirname(os.path.abspath(target)), os.W_OK):
@@ -5040,11 +5123,24 @@ def open_page(target: str) -> str:
     return target
 
 
+def has_end(file: IO[bytes], mark: bytes) -> bool:
+    """Return whether the last bytes of a file hold a mark, and leave the file where it was read."""
+    place = file.tell()
+    file.seek(max(0, os.fstat(file.fileno()).st_size - 1024))
+    end = file.read()
+    file.seek(place)
+    return mark in end
+
+
 def look_at_image(sample: Sample) -> None:
-    """Add what is wrong with an image's name and header."""
+    """Add what is wrong with an image's name and header; its pixels are decoded only where its end is missing."""
     try:
         with open(sample.image, "rb", opener=open_regular) as file, name_damage():
-            image_format = open_image(file).format or ""
+            image = open_image(file)
+            image_format = image.format or ""
+            if (end := FORMAT_ENDS.get(image_format)) and not has_end(file, end):
+                image.draft("RGB", (1, 1))
+                image.load()
     except OSError as error:
         sample.findings.append(Finding("unreadable file", sample.image, str(error.strerror)))
     except FailImage as error:
@@ -5067,6 +5163,23 @@ def look_at_caption(sample: Sample, recipe: Recipe, journal: Journal) -> None:
     now = hashlib.sha256(data).hexdigest()
     sample.made = next((entry for entry in reversed(made) if entry.caption_sha256 == now), made[-1] if made else None)
     sample.edited = sample.made is not None and sample.made.caption_sha256 != now
+
+
+def real_stem(path: str) -> str:
+    """Return what an image and its caption have in common, whichever links lead to them."""
+    folder, name = os.path.split(path)
+    return os.path.join(real_folder(folder), os.path.splitext(name)[0])
+
+
+@functools.lru_cache(1000)
+def real_folder(path: str) -> str:
+    """Return a folder's real path."""
+    return os.path.realpath(path)
+
+
+def is_note(path: str) -> bool:
+    """Return whether a text is for people, or for this tool."""
+    return os.path.splitext(os.path.basename(path))[0].lower() in {"prompt", "exclude", "readme", "license", "licence"}
 
 
 def has_video(stem: str) -> bool:
@@ -5093,12 +5206,13 @@ def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe, journal
         if os.path.isfile(sample.image):
             look_at_image(sample)
         samples.append(sample)
-        by_stem[os.path.splitext(os.path.join(root, os.path.relpath(sample.image, image_dir)))[0]] = sample
-    ours = {"prompt.txt", "exclude.txt"}
+        by_stem[real_stem(os.path.join(root, os.path.relpath(sample.image, image_dir)))] = sample
+    for _, path in walk_texts([str(image_dir)], OTHER_IMAGES):
+        samples.append(Sample(path, findings=[Finding("format not read", path, os.path.splitext(path)[1])]))
     for _, path in walk_texts([root], (dot_ext.lower(), *CAPTION_SUFFIXES)):
         stem, ext = os.path.splitext(path)
-        beside = by_stem.get(stem)
-        if beside is None and ext == dot_ext and os.path.basename(path) not in ours and not has_video(stem):
+        beside = by_stem.get(real_stem(path))
+        if beside is None and ext == dot_ext and not is_note(path) and not has_video(stem):
             alone = Sample("", path)
             alone.find("caption without an image")
             look_at_caption(alone, recipe, journal)
@@ -5130,10 +5244,14 @@ def run_review(settings: Settings) -> int:
     page_text = build_page(
         os.path.basename(os.path.abspath(root)), samples, recipe.findings, phrases, os.path.dirname(page)
     )
-    if not settings.dry_run:
-        write_whole(os.path.realpath(page), lambda file: file.write(page_text.encode()))
     if settings.report != "-":
         print("\n".join([*describe_findings(findings), *describe_set(samples, phrases)]))
+    if not settings.dry_run:
+        try:
+            write_whole(os.path.realpath(page), lambda file: file.write(page_text.encode()))
+        except OSError as error:
+            raise SettingsError(f"--review: {printable(page)}: cannot be written: {error.strerror}") from None
+    if settings.report != "-":
         print(f"Findings {len(findings):,}" + ("" if settings.dry_run else f"; all is shown in {printable(page)}"))
     return int(bool(findings))
 

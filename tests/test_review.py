@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 import gen_captions as gc
-from conftest import ImageMaker, Server, Tool
+from conftest import TOOL, ImageMaker, Server, Tool
 
 TRIGGER = gc.Trigger("[trigger]", "ohwx", "job.yaml")
 RECIPE = gc.Recipe("Caption it.", "built in", "", "", trigger=TRIGGER, exclude=("blue eyes",), architecture="sdxl")
@@ -36,6 +38,12 @@ HEALTHY = [
     "ohwx, sorry-looking dog in the rain",
     "[trigger], a café at night, its sign in red neon, seen from across the street.",
     "[trigger], a poster in the style of 5 * 3 and a_b_c.",
+    "ohwx, a girl who smiles :(",
+    'ohwx, a 6" nail on a board',
+    "ohwx, This photo booth shows signs of age.",
+    "“ohwx” is written on a wall behind ohwx.",
+    "ohwxの猫が座っている。",
+    "ohwx, คน\u200bเดิน\u200bใน\u200bสวน",
 ]
 WORDS = [  # a caption, the kinds that are found in it
     ("[trigger], I'm sorry, I cannot help with that.", ["refused"]),
@@ -64,6 +72,20 @@ WORDS = [  # a caption, the kinds that are found in it
     ("a man with ohwxing hair.", ["trigger in a word"]),
     ("[trigger], a man with Blue  eyes.", ["excluded words"]),
     ("[trigger], " + ", ".join(f"a thing number {n}" for n in range(30)) + ".", ["too long"]),
+    ("ohwx, In the picture we can see a man.", ["opening"]),
+    ("ohwx, The scene depicts a man in a park.", ["opening"]),
+    ("ohwx, We see a man in a park.", ["opening"]),
+    ("ohwx, Title: a man in a park.", ["opening"]),
+    ("ohwx, This is an image of a man.", ["opening"]),
+    ("ohwx, The image you sent depicts a man.", ["opening"]),
+    ("ohwx, arafed man in a park", ["opening"]),
+    ("ohwx, <p>A man in a park.</p>", ["markup"]),
+    ("ohwx, a man\u00ad in\u202e a park.", ["invisible characters"]),
+    ("ohwx, a man in a park while", ["cut off"]),
+    ("ohwx, a man who is holding", ["cut off"]),
+    ('ohwx, a sign that reads "OPEN', ["cut off"]),
+    ("ohwx, a man in a park (with a dog", ["cut off"]),
+    ("ohwx, 男の人が公園に立っている。彼は赤いコートを着ていて、手に大きな傘を持っている。背景には古い", ["cut off"]),
     ("", []),
 ]
 
@@ -83,6 +105,12 @@ def test_what_is_wrong_with_the_words_is_found(text: str, expected: list[str]) -
         assert kinds(gc.judge_caption(text, RECIPE)) == expected
 
 
+@pytest.mark.parametrize("text", ["一只小明坐在墙上", "小明在公园里。", "[trigger]，在公园里。"])
+def test_a_trigger_in_a_script_without_blanks_needs_none_around_it(text: str) -> None:
+    recipe = gc.Recipe("", "", "", "", trigger=gc.Trigger("[trigger]", "小明", "job.yaml"))
+    assert gc.judge_caption(text, recipe) == []
+
+
 def test_without_a_trigger_none_is_missed() -> None:
     assert gc.judge_caption("a man in a park.", gc.Recipe("", "", "", "")) == []
 
@@ -99,6 +127,9 @@ BYTES = [
     (b"a man\n\n", []),
     ("a caf\ufffd in the rain".encode(), ["damaged letters"]),
     (b"\x81\x8d\x8f\x90\x9d", ["not UTF-8"]),
+    (b"a caf? in Z?rich\n", ["damaged letters"]),
+    (b"is it a man? no, a dog\n", []),
+    (b"a page of example.org/watch?v=abc\n", []),
 ]
 
 
@@ -144,6 +175,7 @@ def test_captions_alike_are_found_but_for_the_first() -> None:
         ("一只猫坐在墙上", ["wrong script"]),
         ("A man holds a 猫 and a 狗 today", ["wrong script"]),
         ("Кошка сидит на стене", ["wrong script"]),
+        ("\u0410 man in a park", ["wrong script"]),
         ("A man holds a sign that reads “猫と犬”.", []),
         ("A café in Zürich, 5 µm", []),
     ],
@@ -248,6 +280,50 @@ def test_what_is_wrong_with_the_files_is_found(tool: Tool, server: Server) -> No
         "caption without an image": ["lonely.txt"],
     }
     assert server.stats()["requests"] == 0
+
+
+def test_what_no_header_tells_is_found(tool: Tool, make_image: ImageMaker) -> None:
+    for name in ("half.jpg", "half.png"):
+        whole = make_image(name, size=(640, 480)).read_bytes()
+        (tool.folder / "images" / name).write_bytes(whole[: len(whole) // 2])
+    padded = make_image("padded.jpg")
+    padded.write_bytes(padded.read_bytes() + bytes(5000))  # as phones do
+    make_image("other.jpg").rename(tool.folder / "images" / "other.jfif")
+    for name in ("half", "padded", "README"):
+        (tool.folder / "images" / f"{name}.txt").write_text(f"ohwx, the {name} of a house.\n", encoding="utf-8")
+    assert review(tool) == {
+        "shared caption file": ["half.jpg", "half.png"],
+        "damaged image": ["half.jpg", "half.png"],
+        "format not read": ["other.jfif"],
+    }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+def test_captions_behind_a_link_have_their_image(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("z/a.jpg")
+    (tool.folder / "images" / "a").symlink_to("z")
+    tool("--image-dir", "images", "--trigger", "ohwx")
+    assert review(tool, code=0) == {}
+
+
+def test_an_empty_page_is_filled(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    (tool.folder / "page.html").touch()
+    review(tool, "--review", "page.html")
+    assert "a.jpg" in (tool.folder / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of a process")
+def test_a_page_that_does_not_fit_is_named_and_the_findings_are_not_lost(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    command = f"ulimit -f 1; exec {sys.executable} {TOOL} --review --image-dir images"  # blocks of 512 or 1,024 bytes
+    done = subprocess.run(
+        ["sh", "-c", command], check=False, cwd=tool.folder, env=tool.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "No caption (1)" in done.stdout
+    assert "--review: images/review.html: cannot be written: " in done.stderr
+    assert not (tool.folder / "images" / "review.html").exists()
 
 
 @pytest.mark.usefixtures("faulty")
