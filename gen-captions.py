@@ -35,6 +35,7 @@ Read it from top to bottom; each room uses only rooms above it:
     Ask                the connection, the retries, what the server taught us
     Pool               N workers over the jobs
     Report             counts, progress, summary, exit code
+    Batch              requests as files for somebody else's engine, and its results back
     Encoding           what a file's bytes are, and what they should be
     Repair             the walk through captions and config files that need it
     Review             what is wrong with a set as the trainer will see it; the page
@@ -76,7 +77,7 @@ from datetime import UTC, date, datetime, timedelta
 from io import BytesIO, StringIO
 from pathlib import Path
 from string import Formatter
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:  # imported where they are needed, asyncio too: --help, -n and usage errors must not wait for them
@@ -87,7 +88,7 @@ if TYPE_CHECKING:  # imported where they are needed, asyncio too: --help, -n and
 
     from openai import AsyncOpenAI
     from PIL import Image, ImageFile
-    from tenacity import RetryCallState
+    from tenacity import AsyncRetrying, RetryCallState
 
 __version__ = "0.1.0"
 
@@ -120,7 +121,7 @@ IMAGE_SUFFIXES = {
 }
 
 WHAT, HOW, MONEY, PACE = "what to caption", "which model, and what it is asked", "what it may cost", "how fast"
-SHOW, REPAIR = "what to see", "other work"
+BATCH, SHOW, REPAIR = "large sets", "what to see", "other work"
 
 
 class SettingsError(Exception):
@@ -261,6 +262,14 @@ def parse_price(text: str) -> tuple[Decimal, Decimal]:
     return into, out
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return which part of a set is meant, counted from 1, and how many parts there are."""
+    number, count = map(int, re.fullmatch(r"(\d{1,5})/(\d{1,5})", text).groups())  # type: ignore[union-attr]
+    if not 1 <= number <= count:
+        raise ValueError
+    return number, count
+
+
 TEXT = Kind(str, "some text", "TEXT")
 FOLDER = Kind(Path, "a folder", "FOLDER")
 FILE = Kind(str, "a file, or - for standard output", "FILE")
@@ -276,6 +285,8 @@ ENCODING = Kind(parse_encoding, "a name of an encoding that Python knows, such a
 DOLLARS = Kind(parse_limit, "dollars, such as 2.50", "USD")
 PRICE = Kind(parse_price, 'two numbers, dollars for a million tokens in and out, such as "0.10 0.50"', "IN OUT")
 TIER = one_of("default", "flex")
+FILES = Kind(str, "files", "FILE")
+SHARD = Kind(parse_shard, "I/N, such as 1/8 to 8/8", "I/N")
 EXTENSION = Kind(
     parse_caption_ext, "letters and digits as in txt or caption; not json, not an image's extension", "EXT"
 )
@@ -362,6 +373,24 @@ class Settings:
         PACE, decimal(0, 86_400), "longest wait for an answer in seconds; 900 with flex", 120.0, "GETCAP_TIMEOUT"
     )
 
+    batch: bool = setting(BATCH, SWITCH, "ask by OpenAI's Batch API: half price, within a day; goes on if ended", False)
+    batch_export: Path | None = setting(BATCH, FOLDER, "write the requests as batch files into this folder, and stop")
+    batch_import: tuple[str, ...] | None = setting(
+        BATCH, FILES, "write the captions that such files were answered with"
+    )
+    batch_megabytes: float = setting(
+        BATCH, decimal(0, 200), "most megabytes of a batch file", 190.0, "GETCAP_BATCH_MEGABYTES"
+    )
+    image_ref: str = setting(
+        BATCH,
+        one_of("data", "file"),
+        "images in batch files: data, or file, for an engine that reads this disk",
+        "data",
+    )
+    shard: tuple[int, int] | None = setting(
+        BATCH, SHARD, "only part I of N of the images, for machines that share a set"
+    )
+
     dry_run: bool = setting(
         SHOW,
         SWITCH,
@@ -387,6 +416,16 @@ class Settings:
         False,
     )
     undo: bool = setting(REPAIR, SWITCH, "put back what the last --overwrite or --fix-encoding replaced", False)
+
+    @property
+    def tier(self) -> str | None:
+        """The price that answers are asked for at; None is the ordinary one."""
+        return "batch" if self.batch or self.batch_export or self.batch_import else self.service_tier
+
+    @property
+    def journal_name(self) -> str:
+        """The name of this run's journal: machines that share a set have one each."""
+        return "journal-{}-of-{}".format(*self.shard) if self.shard else "journal"
 
     @property
     def host(self) -> str:
@@ -432,7 +471,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    groups = {title: parser.add_argument_group(title) for title in (WHAT, HOW, MONEY, PACE, SHOW, REPAIR)}
+    groups = {title: parser.add_argument_group(title) for title in (WHAT, HOW, MONEY, PACE, BATCH, SHOW, REPAIR)}
     for item, spec in specs():
         flags = filter(None, (spec.short, flag_name(item.name)))
         default = f"{item.default:g}" if isinstance(item.default, float) else item.default
@@ -443,6 +482,7 @@ def build_parser() -> Parser:
             words = spec.kind.metavar.split()
             values: dict[str, Any] = {"nargs": len(words), "metavar": tuple(words)} if len(words) > 1 else {}
             values |= {"nargs": "?", "const": True} if spec.kind is PAGE_FILE else {}
+            values |= {"nargs": "+"} if spec.kind is FILES else {}
             groups[spec.group].add_argument(*flags, **{"metavar": words[0], **values}, help=spec.help + note)
     groups[SHOW].add_argument("-V", "--version", action="version", version=f"gen-captions {__version__}")
     groups[SHOW].add_argument("-h", "--help", action="help", help="show this and stop")
@@ -478,6 +518,9 @@ def resolve_settings(
     chosen: dict[str, Any] = {}
     for item, spec in specs():
         flag = flags.get(item.name)
+        if isinstance(flag, list) and spec.kind is FILES:
+            chosen[item.name] = tuple(flag)
+            continue
         flag = " ".join(flag) if isinstance(flag, list) else flag
         sources = [(flag_name(item.name), flag), (spec.variable, environ.get(spec.variable))]
         sources.append((f"{spec.variable} in .env", dotenv.get(spec.variable)))
@@ -720,6 +763,7 @@ BLANKS = b" \t\r\n\v\f\0"  # with the zero bytes that a power cut can leave
 BOM = b"\xef\xbb\xbf"
 LARGEST_FILE = 256 * 1024 * 1024
 TEMPORARY = ".gc-"  # trainers pass over names that begin with a dot
+OTHER_MACHINE_S = 3600.0  # after which a temporary file of another machine is nobody's: clocks differ
 ONE_FILE = {errno.ENAMETOOLONG, errno.EPERM, errno.EISDIR}  # what is wrong with one caption's place, not with all
 
 
@@ -757,11 +801,21 @@ def read_image(path: str) -> tuple[bytes, int]:
         raise FailImage("unreadable file", str(error.strerror)) from error
 
 
+@functools.cache
+def this_machine() -> str:
+    """Return a few letters that stand for this machine among those that share a folder."""
+    import socket
+
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+
+
 def is_abandoned(name: str, modified: float, now: float) -> bool:
     """Return whether a temporary file was left by a run that died: each lives for milliseconds."""
-    owner = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-\w+", name)
+    owner = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-(?:(\w+)-)?\w+", name)
     if owner is None:
         return False
+    if owner[2] and owner[2] != this_machine():
+        return now - modified > OTHER_MACHINE_S
     if now - modified > 60:
         return True
     if os.name == "nt":  # there os.kill ends the process it asks about
@@ -801,6 +855,14 @@ def prepare_folder(folder: str) -> str:
     return "" if os.access(folder, os.W_OK | os.X_OK) else "may not be written to"
 
 
+def list_names(path: str) -> set[str]:
+    """Return the names in a folder, none when it does not exist yet. Raises OSError."""
+    try:
+        return set(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):  # the latter is said when the folder is to be made
+        return set()
+
+
 def has_caption(path: str) -> bool:
     """Return whether a caption stands there, blank ones and none at all aside; one that cannot be read counts."""
     try:
@@ -823,7 +885,7 @@ def write_whole(path: str, fill: Callable[[IO[bytes]], Any], place: Callable[[st
     The name is taken only when the bytes are on the disk; permissions are what the umask gives, so that a trainer of
     another user can read it. Returns what `place` returns.
     """
-    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}")
+    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}{os.getpid()}-{this_machine()}-{os.urandom(4).hex()}")
     try:
         with open(temporary, "xb") as file:
             fill(file)
@@ -857,6 +919,11 @@ def put_instead(temporary: str, path: str) -> None:
     with contextlib.suppress(OSError, AttributeError):  # only the superuser may give files away; Windows has no owners
         os.chown(temporary, status.st_uid, status.st_gid)
     os.replace(temporary, path)
+
+
+def name_below(root: str | Path, path: str) -> str:
+    """Return a path as seen from a folder that it lies in, with slashes."""
+    return path.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
 
 
 def encode_caption(text: str) -> bytes:
@@ -920,13 +987,14 @@ def parse_entry(line: bytes) -> tuple[str, Entry] | None:
 class Journal:
     """What was asked and paid for: lines of JSON in `.gen-captions` of the caption folder, only ever added to.
 
-    It tells our captions from those that a person edited or another tool made.
+    It tells our captions from those that a person edited or another tool made. Machines that share a set write a
+    journal each, and read all.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, name: str = "journal") -> None:
         self.folder = os.path.join(root, STATE_FOLDER)
         self._root = os.path.join(root, "")
-        self._path = os.path.join(self.folder, "journal.jsonl")
+        self._path = os.path.join(self.folder, f"{name}.jsonl")
         self._handle = -1
         self._lock = threading.Lock()
         self._torn = False  # whether the last line may lack its end
@@ -935,19 +1003,22 @@ class Journal:
     def history(self) -> dict[str, list[Entry]]:
         """The entries of each caption, oldest first, as they were when first asked for. Raises SettingsError."""
         found: dict[str, list[Entry]] = {}
+        shown = self.folder
         try:
-            with open(self._path, "rb", opener=lambda path, _: os.open(path, READ_ONLY)) as file:
-                for caption, entry in filter(None, map(parse_entry, file)):
-                    found.setdefault(caption, []).append(entry)
-        except (FileNotFoundError, NotADirectoryError):  # the latter is said when the folder is to be made
-            return {}
+            names = [name for name in list_names(self.folder) if re.fullmatch(r"journal[\w-]*\.jsonl", name)]
+            paths = [os.path.join(self.folder, name) for name in names]
+            for path in sorted(paths, key=os.path.getmtime):
+                shown = path
+                with open(path, "rb", opener=lambda path, _: os.open(path, READ_ONLY)) as file:
+                    for caption, entry in filter(None, map(parse_entry, file)):
+                        found.setdefault(caption, []).append(entry)
         except OSError as error:
-            raise SettingsError(f"{printable(self._path)}: cannot be read: {error.strerror}") from None
+            raise SettingsError(f"{printable(shown)}: cannot be read: {error.strerror}") from None
         return found
 
     def name(self, caption: str) -> str:
         """Return the name that a caption has in the journal: its path below the caption folder."""
-        return caption.removeprefix(self._root).replace(os.sep, "/")
+        return name_below(self._root, caption)
 
     def path(self, name: str) -> str:
         """Return the caption's path by its name in the journal."""
@@ -1110,14 +1181,6 @@ def list_folder(path: str) -> Listing:
     return found
 
 
-def list_captions(path: str) -> set[str]:
-    """Return the names in a caption folder, none when it does not exist yet."""
-    try:
-        return set(os.listdir(path))
-    except (FileNotFoundError, NotADirectoryError):  # the latter is said when the folder is to be made
-        return set()
-
-
 def keep_existing(image: str, caption: str, has_caption: bool) -> Job | Skipped | Failed:
     """Decide about an image without looking at what is known of it: a caption that exists is left alone."""
     return Skipped(image, "has a caption", caption) if has_caption else Job(image, caption)
@@ -1196,7 +1259,7 @@ def plan_folder(
                 continue
             seen.add((status.st_dev, status.st_ino))
             found = list_folder(folder)
-            captions = list_captions(target) if caption_dir else found.others
+            captions = list_names(target) if caption_dir else found.others
         except OSError as error:
             yield Failed(folder, "unreadable folder", f"{error.strerror}: check its permissions")
             continue
@@ -1553,6 +1616,9 @@ def read_recipe(settings: Settings, environ: Mapping[str, str]) -> Recipe:
     if matching and by_name:
         shown = f"{matching[0].file}: {printable(matching[0].folder)}"
         remarks.append(f"{shown} is not on this machine; taken for the folder of the same name here")
+    if settings.review:
+        files = (item for item in datasets if item.folder.lower().endswith(".json"))
+        remarks += [f"{item.file}: {printable(item.folder)} holds captions of its own; not looked at" for item in files]
     trigger = decide_trigger(settings.trigger, matching, datasets)
     ext, ext_source = decide_extension(settings.caption_ext, matching)
     own, source = choose_prompt(settings)
@@ -1754,6 +1820,7 @@ def flatten(image: Image.Image) -> Image.Image:
 # --------------------------------------------------------------------------------------- Request and reply
 
 IMAGE_MARK = "IMAGE"  # stands in the JSON for the image, which is joined in as bytes: dumping it costs twice as much
+DATA_URL = "data:image/jpeg;base64,"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # cheapest first
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")  # the current name, and the one other servers know
 LONGEST_WAIT_S = 600.0
@@ -1794,7 +1861,8 @@ class ErrorReply:
     code: str = ""
     param: str = ""
     retry_after_s: float = 0.0
-    usage: Usage = Usage()  # of an error that came as an answer does, and may be billed like one
+    usage: Usage = Usage()
+    is_answer: bool = False  # it came as an answer does, and may be billed like one
 
 
 def has_cache_options(settings: Settings) -> bool:
@@ -1819,13 +1887,16 @@ def first_parameters(settings: Settings) -> Parameters:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def build_request(model: str, prompt: str, parameters: Parameters, budget: int, image: bytes) -> bytes:
-    """Return the JSON body of one chat completion: one user message, text first, then the base64 JPEG.
+def build_request(
+    model: str, prompt: str, parameters: Parameters, budget: int, image: bytes, start: str = DATA_URL
+) -> bytes:
+    """Return the JSON body of one chat completion: one user message, text first, then the image's URL.
 
-    Source: https://platform.openai.com/docs/api-reference/chat/create; `budget` multiplies the token limit.
+    Source: https://platform.openai.com/docs/api-reference/chat/create; `budget` multiplies the token limit; `image`
+    is what follows the URL's start, for a data URL the JPEG in base64.
     """
     limits = {name: parameters[name] * budget for name in TOKEN_LIMITS if name in parameters}
-    url = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{IMAGE_MARK}"}}
+    url = {"type": "image_url", "image_url": {"url": f"{start}{IMAGE_MARK}"}}
     # some templates know no role but "user" (Gemma, Mistral), so there is no system message
     message = {"role": "user", "content": [{"type": "text", "text": prompt}, url]}
     body = json.dumps({"model": model, **parameters, **limits, "messages": [message]}).encode()
@@ -1972,7 +2043,9 @@ def parse_error(status: int, text: str, retry_after_s: float = 0.0) -> ErrorRepl
         message = "an error too deep to be read"
     where = inner.get("loc")  # FastAPI's path to the parameter
     param = where[-1] if isinstance(where, list) and where else inner.get("param")
-    return ErrorReply(status, message, code, str(param or ""), retry_after_s)
+    usage = (isinstance(body, dict) and body.get("usage")) or inner.get("usage")
+    usage = read_usage(usage) if isinstance(usage, dict) else Usage()
+    return ErrorReply(status, message, code, str(param or ""), retry_after_s, usage)
 
 
 def parse_reply(text: str) -> Reply | ErrorReply:
@@ -1982,7 +2055,7 @@ def parse_reply(text: str) -> Reply | ErrorReply:
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
-        return ErrorReply(200, "the answer is no whole JSON", BROKEN)
+        return ErrorReply(200, "the answer is no whole JSON", BROKEN, is_answer=True)
     choices = body.get("choices") if isinstance(body, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     usage = body.get("usage") if isinstance(body, dict) else None
@@ -1992,9 +2065,9 @@ def parse_reply(text: str) -> Reply | ErrorReply:
         error = parse_error(500, json.dumps(failed))  # OpenRouter reports late errors so, with the status as code
         status = error.code.split(" ")[0]
         status_code = int(status) if re.fullmatch(r"[45]\d\d", status) else 500
-        return dataclasses.replace(error, status=status_code, usage=read_usage(usage))
+        return dataclasses.replace(error, status=status_code, usage=read_usage(usage), is_answer=True)
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-        return ErrorReply(200, "the answer holds no choices", BROKEN, usage=read_usage(usage))
+        return ErrorReply(200, "the answer holds no choices", BROKEN, usage=read_usage(usage), is_answer=True)
     return read_choice(choice, usage, body.get("service_tier"))
 
 
@@ -2003,8 +2076,10 @@ def read_usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details")
     details = details if isinstance(details, dict) else {}
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-    counts += [details.get("cached_tokens"), details.get("cache_write_tokens")]
-    prompt, answer, cached, cache_writes = map(read_count, counts)
+    counts += [details.get("cached_tokens"), details.get("cache_write_tokens"), usage.get("total_tokens")]
+    prompt, answer, cached, cache_writes, total = map(read_count, counts)
+    if total and prompt and answer is not None:  # some leave out thoughts elsewhere, and bill them
+        answer = max(answer, total - prompt)
     is_whole = bool(prompt) and answer is not None
     return Usage(prompt or 0, answer or 0, cached or 0, cache_writes or 0, is_whole)
 
@@ -2033,7 +2108,7 @@ def read_choice(choice: Mapping[str, Any], usage: Mapping[str, Any], tier: Any) 
         refusal=str(message.get("refusal") or ""),
         has_reasoning=bool(reasoning or (isinstance(details, dict) and details.get("reasoning_tokens"))),
         usage=read_usage(usage),
-        tier=tier if isinstance(tier, str) else "",
+        tier=shorten(tier, 40) if isinstance(tier, str) else "",
     )
 
 
@@ -2483,10 +2558,12 @@ def describe_cost(settings: Settings, asked: Mapping[Expected, int], pace: float
         )
     else:
         costs = {t: sum(price(one.usage, t) * n for one, n in asked.items()) for t in ("default", "flex", "batch")}
-        cheaper = [f"{t} {show_dollars(costs[t])}" for t in ("flex", "batch") if costs[t] < costs["default"]]
-        cost = ", ".join([f"about {show_dollars(costs['default'])}", *cheaper])
-        if costs[settings.service_tier or "default"] > (settings.max_cost or math.inf):
-            cost += f": --max-cost {show_dollars(settings.max_cost or 0)} will end it early"
+        tier, most = settings.tier or "default", settings.max_cost
+        cheaper = [f"{t} {show_dollars(costs[t])}" for t in ("flex", "batch") if costs[t] < costs[tier]]
+        as_tier = "" if tier == "default" else f" as {tier}"
+        cost = ", ".join([f"about {show_dollars(costs[tier])}{as_tier}", *cheaper])
+        if most and costs[tier] > most:
+            cost += f": --max-cost {show_dollars(most)} will end it early"
     pace = min(pace or math.inf, settings.throttle_submission_rate or math.inf)
     images = sum(asked.values())
     time_s = f"; about {describe_time(images / pace)} at {pace:.1f} a second" if pace < math.inf else ""
@@ -2499,7 +2576,7 @@ def is_free(error: ErrorReply) -> bool:
     A gateway that gave up waiting may stand before a model that did not.
     """
     gateway = error.status in {502, 504} or error.status >= 520
-    billed = error.code == BROKEN or error.usage.prompt or error.usage.answer
+    billed = error.is_answer or error.usage.prompt or error.usage.answer
     return error.code == "unreachable" or (error.status > 0 and not gateway and not billed)
 
 
@@ -2519,16 +2596,21 @@ class Bill:
         self._tier = tier
         self._largest = Usage()
         self._on_their_way = 0
+        self._billed_as = {""}  # service tiers: some projects have a dearer one
 
     def dollars(self, usage: Usage, tier: str = "") -> Decimal | int:
         """Return what a request costs, 0 when prices are not known."""
         return self._price(usage, tier or "default") if self._price else 0
 
+    def allows(self, most: Usage, tier: str = "") -> bool:
+        """Return whether the budget allows a request, all that is on its way counted at its worst."""
+        return self._most is None or self.spent + self.held + self._worst(most, tier) <= self._most
+
     def wait_s(self, most: Usage) -> float:
         """Return the seconds until the budget may allow a request; raises StopRun when it cannot any more."""
-        if self._most is None or self.spent + self.held + self._worst(most) <= self._most:
+        if self._most is None or self.allows(most):
             return 0.0
-        if self._on_their_way:  # they mostly cost less than is held for them
+        if self._on_their_way > 0:  # they mostly cost less than is held for them
             return BUDGET_NAP_S
         spent, worst = show_dollars(self.spent + self.held), show_dollars(self._worst(most))
         raise StopRun(
@@ -2536,10 +2618,10 @@ class Bill:
             "raise it, then run again"
         )
 
-    def hold(self, most: Usage) -> Decimal | int:
+    def hold(self, most: Usage, tier: str = "") -> Decimal | int:
         """Count a request as spent at its worst, and return that, to be settled when its answer comes."""
         self._on_their_way += 1
-        worst = self._worst(most)
+        worst = self._worst(most, tier)
         self.held += worst
         return worst
 
@@ -2554,10 +2636,11 @@ class Bill:
             return 0
         tier = answer.tier if isinstance(answer, Reply) else ""
         cost = self.dollars(usage, tier)  # of a tier that is not said, the whole price
+        self._billed_as.add(tier)
         if not usage.is_whole or not usage.prompt:
             self.lost += 1
             self.held += max(cost - held, 0)
-            return 0
+            return cost
         self.held -= held
         self.spent += cost
         self.usage += usage
@@ -2574,10 +2657,11 @@ class Bill:
         """Count what an image that has its first answer now had been thought to take."""
         self.expected += self.dollars(usage, self._tier or "")
 
-    def _worst(self, most: Usage) -> Decimal | int:
+    def _worst(self, most: Usage, tier: str = "") -> Decimal | int:
         """Return the most that a request may cost, by what is thought of it and by the largest so far."""
         prompt = RESERVE * max(most.prompt, self._largest.prompt)
-        return self.dollars(Usage(prompt, max(most.answer, self._largest.answer)))
+        usage = Usage(prompt, max(most.answer, self._largest.answer))
+        return max(self.dollars(usage, one) for one in ({tier} if tier else self._billed_as))
 
     def __str__(self) -> str:
         """The bill as a part of the summary."""
@@ -2593,7 +2677,7 @@ class Bill:
         return "; ".join(parts)
 
     def _compare(self) -> str:
-        if not self.expected:
+        if not self.expected or self._tier == "batch":  # whose images were estimated by an earlier run
             return ""
         off = round(100 * (float(self.spent / self.expected) - 1))
         return f" ({abs(off)} % {'more' if off > 0 else 'less'} than estimated)" if off else " (as estimated)"
@@ -2887,7 +2971,8 @@ class Bucket:
         return missing / self._rate if missing > 1e-9 else 0.0
 
     def take(self, cost: float) -> None:
-        """Count a request that is being sent."""
+        """Count a request that is being sent; what an absurd count says beyond a full bucket is not believed."""
+        cost = min(cost, self._most)
         self.taken += cost
         self._level -= cost
 
@@ -2899,12 +2984,14 @@ class Bucket:
         self._refill(now)
         used = limit.most - limit.left
         # whatever the limit's period, the missing part comes back in the time to reset; few say too little
-        known = limit.reset_s and used >= 10
-        self._rate = used / limit.reset_s if known and limit.reset_s else limit.most / 60
+        if limit.reset_s and used >= min(10, limit.most / 2):
+            self._rate = used / limit.reset_s
+        elif self._most != limit.most:
+            self._rate = limit.most / 60
         self._most = limit.most
         at_answer, since = limit.left, self.taken - taken
         at_request = min(limit.most, limit.left + self._rate * (now - sent_at)) - since
-        low, high = sorted((at_answer, at_request))
+        low, high = sorted((at_answer, max(-limit.most, at_request)))
         self._level = min(max(self._level, low), high) if self._level < math.inf else low
 
     def _refill(self, now: float) -> None:
@@ -3029,6 +3116,50 @@ def describe_broken_connection(error: BaseException, host: str) -> ErrorReply:
     return ErrorReply(0, f"the connection to {host} broke: {shorten(words, 120)}")
 
 
+def describe_failure(error: Exception, settings: Settings) -> ErrorReply:
+    """Return what went wrong with a request, in whichever shape the SDK raises it; anything else is raised again."""
+    import aiohttp
+    import openai
+
+    match error:
+        case openai.APIStatusError():
+            text = error.response.content.decode("utf-8-sig", "replace")
+            return parse_error(error.status_code, text, parse_retry_after(error.response.headers, datetime.now(UTC)))
+        case openai.APIConnectionError() | aiohttp.ClientError():  # the SDK passes on some of the latter
+            return describe_broken_connection(error, settings.host)
+        case TimeoutError():
+            return ErrorReply(0, f"no answer within {settings.timeout:g} s (GETCAP_TIMEOUT)")
+        case ValueError() | TypeError():  # an address or header that cannot be sent
+            return ErrorReply(0, f"cannot ask {settings.host}: {shorten(str(error), 120)}", "unreachable")
+    raise error
+
+
+def keep_trying(settings: Settings, stop: Stop, name: Callable[[RetryCallState], str]) -> AsyncRetrying:
+    """Return the one layer of retries: of what raises TryAgain; `name` says what is tried, for the log."""
+    import random
+
+    from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+
+    def wait_s(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked_s = error.retry_after_s if isinstance(error, TryAgain) else 0.0
+        return backoff_s(state.attempt_number, settings.throttle_backoff_factor, asked_s, random.random())
+
+    def log_wait(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        number, retries, pause_s = state.attempt_number, settings.throttle_retries, state.upcoming_sleep
+        log.warning("%s: %s; retry %d of %d in %.1f s", name(state), error, number, retries, pause_s)
+
+    return AsyncRetrying(
+        retry=retry_if_exception_type(TryAgain),
+        wait=wait_s,
+        stop=stop_after_attempt(settings.throttle_retries + 1),
+        sleep=stop.sleep,
+        before_sleep=log_wait,
+        reraise=True,
+    )
+
+
 @dataclass(slots=True)
 class Question:
     """One image on its way to a caption, and what it has cost so far."""
@@ -3071,35 +3202,27 @@ class Asker:
     def __init__(self, client: AsyncOpenAI, settings: Settings, recipe: Recipe, bill: Bill, stop: Stop) -> None:
         import asyncio
 
-        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
-
         self._bill = bill
         self._client = client
         self._settings = settings
         self._tags = recipe.style == "tags"
         self._stop = stop
         self._throttle = Throttle(settings.throttle_submission_rate, bill, stop)
-        self._parameters = first_parameters(settings)
-        self._proven = False  # whether the server has answered: key, model and address are right then
+        self.parameters = first_parameters(settings)
+        self.is_proven = False  # whether the server has answered: key, model and address are right then
         self._first = asyncio.Lock()
         self._warned = self._warned_of_tier = False
-        self._attempt_often = AsyncRetrying(
-            retry=retry_if_exception_type(TryAgain),
-            wait=self._wait_s,
-            stop=stop_after_attempt(settings.throttle_retries + 1),
-            sleep=stop.sleep,
-            before_sleep=self._log_wait,
-            reraise=True,
-        ).wraps(self._attempt)
+        retrying = keep_trying(settings, stop, lambda state: printable(state.args[0].path))
+        self._attempt_often = retrying.wraps(self._attempt)
 
     async def ask(self, question: Question) -> str:
         """Return the answer, which passed the gate; raises FailImage or StopRun.
 
         Until the server has answered once, one image at a time is asked: what is wrong for all costs one request.
         """
-        if not self._proven:
+        if not self.is_proven:
             async with self._first:
-                if not self._proven:
+                if not self.is_proven:
                     return await self._ask(question)
         return await self._ask(question)
 
@@ -3114,7 +3237,7 @@ class Asker:
         """Ask once; once more for each parameter that the server rejects, of which there are only so many."""
         most = Usage(question.expected.usage.prompt, self._settings.max_tokens * budget)
         while True:
-            sent = self._parameters
+            sent = self.parameters
             ticket = await self._throttle.turn(most)
             log.debug("%s: asking, %d KB", printable(question.path), len(question.image) // 1000)
             question.attempts += 1
@@ -3126,14 +3249,14 @@ class Asker:
             if self._settings.max_cost and changed is not None and not any(name in changed for name in TOKEN_LIMITS):
                 raise StopRun(f"--max-cost cannot be kept: the server takes no limit for its answers: {answer.message}")
             if changed is None:
-                error = judge_error(answer, datetime.now(UTC), first=not self._proven)
+                error = judge_error(answer, datetime.now(UTC), first=not self.is_proven)
                 # flex without room is no limit of ours: https://developers.openai.com/api/docs/guides/flex-processing
                 is_limit = answer.status == 429 and "resource_unavailable" not in answer.code
                 if is_limit and isinstance(error, TryAgain):
                     self._throttle.pause(ticket, answer.retry_after_s)
                 raise error
-            if self._parameters is sent:  # else another worker has learnt it meanwhile
-                self._parameters = changed
+            if self.parameters is sent:  # else another worker has learnt it meanwhile
+                self.parameters = changed
                 self._log_change(sent, changed, answer.message)
 
     async def _send(self, body: bytes, ticket: Ticket, question: Question) -> Reply | ErrorReply:
@@ -3147,7 +3270,7 @@ class Asker:
         tokens = answer.usage.prompt + answer.usage.answer if isinstance(answer, Reply) else None
         self._throttle.learn(ticket, parse_limits(headers, datetime.now(UTC)), tokens)
         if isinstance(answer, Reply):
-            self._proven = True
+            self.is_proven = True
             if answer.usage.is_whole and not question.usage.prompt:
                 self._bill.count_expected(question.expected.usage)
             self._warn_of_unseen(answer.usage, question)
@@ -3160,7 +3283,6 @@ class Asker:
         """Send one request and return what came back, in whichever shape, and its headers."""
         import asyncio
 
-        import aiohttp
         import openai
 
         try:
@@ -3171,17 +3293,9 @@ class Asker:
                 # JSON is UTF-8, whatever a header says
                 text = response.content.decode("utf-8-sig", "replace")
                 return parse_reply(text), rate_headers(response.response)
-        except openai.APIStatusError as error:
-            headers, text = error.response.headers, error.response.content.decode("utf-8-sig", "replace")
-            wait_s = parse_retry_after(headers, datetime.now(UTC))
-            return parse_error(error.status_code, text, wait_s), rate_headers(error.response)
-        except (openai.APIConnectionError, aiohttp.ClientError) as error:  # the SDK passes on some of the latter
-            failed = describe_broken_connection(error, self._settings.host)
-        except TimeoutError:
-            failed = ErrorReply(0, f"no answer within {self._settings.timeout:g} s (GETCAP_TIMEOUT)")
-        except (ValueError, TypeError) as error:  # an address or header that cannot be sent
-            failed = ErrorReply(0, f"cannot ask {self._settings.host}: {shorten(str(error), 120)}", "unreachable")
-        return failed, {}
+        except Exception as error:
+            headers = rate_headers(error.response) if isinstance(error, openai.APIStatusError) else {}
+            return describe_failure(error, self._settings), headers
 
     def _warn_of_unseen(self, usage: Usage, question: Question) -> None:
         if not self._warned and looks_unseen(usage, question.expected):
@@ -3211,19 +3325,6 @@ class Asker:
         texts = {f.name: value for f in dataclasses.fields(answer) if isinstance(value := getattr(answer, f.name), str)}
         hidden: dict[str, Any] = {name: value.replace(key, "[key]") for name, value in texts.items()}
         return dataclasses.replace(answer, **hidden)
-
-    def _wait_s(self, state: RetryCallState) -> float:
-        import random
-
-        error = state.outcome.exception() if state.outcome else None
-        asked_s = error.retry_after_s if isinstance(error, TryAgain) else 0.0
-        return backoff_s(state.attempt_number, self._settings.throttle_backoff_factor, asked_s, random.random())
-
-    def _log_wait(self, state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        wait_s, retries = state.upcoming_sleep, self._settings.throttle_retries
-        path = printable(state.args[0].path)
-        log.warning("%s: %s; retry %d of %d in %.1f s", path, error, state.attempt_number, retries, wait_s)
 
     def _log_change(self, sent: Parameters, changed: Parameters, message: str) -> None:
         before = ", ".join(f"{name}={value}" for name, value in sent.items() if changed.get(name) != value)
@@ -3271,6 +3372,7 @@ class Report:
         self.noted: Counter[str] = Counter()
         self.recorded = 0
         self.left = 0  # images that --limit or an early end leaves for the next run
+        self.unanswered = 0  # of these, images that a batch came back without
         self.bill = Bill()
         self.ended_by: StopRun | signal.Signals | None = None
         self._in_a_row: deque[str] = deque(maxlen=MOST_FAILURES_IN_A_ROW)  # reasons
@@ -3311,7 +3413,7 @@ class Report:
         """The exit code: 128 + the signal, 3 stopped, 1 some failed, 0."""
         if isinstance(self.ended_by, signal.Signals):
             return 128 + self.ended_by
-        return 3 if self.ended_by else int(bool(self.failed))
+        return 3 if self.ended_by else int(bool(self.failed or self.unanswered))
 
     def tally(self, seconds: float) -> str:
         """Return the counts as one line."""
@@ -3406,6 +3508,218 @@ def show_progress(total: int | None, report: Report, *, unit: str, quiet: bool) 
 
     with bar, logging_redirect_tqdm([log]) if not bar.disable else contextlib.nullcontext():
         yield update
+
+
+# --------------------------------------------------------------------------------------------------- Batch
+
+ENDPOINT: Final = "/v1/chat/completions"
+FIRST_POLL_S, LONGEST_POLL_S, NO_ROOM_S = 0.5, 60.0, 120.0
+FILE_TIMEOUT_S = 3600.0  # to move a file of 200 MB
+MOST_LINES = 2000  # of a part: OpenAI takes 50,000, other engines give nothing back before the last is done
+BATCH_FOLDER = "batch"  # in the folder of the journal
+LINES, ROWS, STATE = ".jsonl", ".manifest.jsonl", ".json"  # the files of a part
+ENDED = {"completed", "expired", "cancelled", "failed"}  # https://developers.openai.com/api/reference/resources/batches
+NOT_REACHED = r"batch_(?:expired|cancelled)"  # lines that nobody looked at
+NO_ROOM = r"(?i)token_limit|enqueued"  # https://github.com/openai/openai-python/issues/2084
+REASONERS = r"(?:.*/)?(?:gpt-(?:[5-9]|\d\d)|o\d)"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image of a batch: which line asks about it, and what that was made from."""
+
+    custom_id: str
+    image: str  # below the image folder, with slashes
+    image_sha256: str
+    image_size: int
+    image_mtime_ns: int
+    recipe: str
+
+
+@dataclass(slots=True)
+class Part:
+    """One file of requests at the server: what it is called there, blank until it is known."""
+
+    path: str  # of its files, without their endings
+    lines: int = 0
+    input_file_id: str = ""
+    batch_id: str = ""
+    is_being_created: bool = False  # so that the server may know it already
+    held: Decimal | int = 0  # dollars, of this run's bill
+    try_at: float = 0.0  # when there may be room for it
+
+
+def batch_parameters(settings: Settings, parameters: Parameters) -> Parameters:
+    """Return the parameters of a batch's lines, without what may be unknown: nobody can learn from a rejection there.
+
+    Batches have a price of their own, and only reasoning models know an effort.
+    """
+    unfit = {"service_tier"}
+    if settings.reasoning_effort == "none" and not re.match(REASONERS, settings.model):
+        unfit.add("reasoning_effort")
+    return {name: value for name, value in parameters.items() if name not in unfit}
+
+
+def build_line(custom_id: str, body: bytes) -> bytes:
+    """Return one line of a batch file. Source: https://platform.openai.com/docs/api-reference/batch/request-input."""
+    head = {"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": None}
+    return json.dumps(head).encode().removesuffix(b"null}") + body + b"}\n"
+
+
+def parse_result(line: bytes) -> tuple[str, Reply | ErrorReply] | None:
+    """Return which line of a batch a result answers, and how, in whichever shape engines write it; None for a torn one.
+
+    Source: https://platform.openai.com/docs/api-reference/batch/request-output; old versions of vLLM give the
+    completion itself as `response`, new ones the failure as `error` without a body.
+    """
+    try:
+        found = json.loads(line.removeprefix(BOM))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("custom_id"), str):
+        return None
+    response, error = found.get("response"), found.get("error")
+    response = response if isinstance(response, dict) else {}
+    body = response if "choices" in response else response.get("body")
+    status = response.get("status_code", 200 if body else 0)
+    status = status if isinstance(status, int) else 0
+    text = body if isinstance(body, str) else json.dumps(body)
+    if body and not error and 200 <= status < 300:
+        answer = parse_reply(text)
+        return found["custom_id"], (dataclasses.replace(answer, tier="batch") if isinstance(answer, Reply) else answer)
+    said = error or body or "no answer"
+    return found["custom_id"], parse_error(0 if 200 <= status < 300 else status, json.dumps(said))
+
+
+def is_not_reached(answer: Reply | ErrorReply | None) -> bool:
+    """Return whether nobody looked at a line, so that it may be asked again."""
+    return answer is None or (isinstance(answer, ErrorReply) and bool(re.match(NOT_REACHED, answer.code)))
+
+
+def is_in_shard(name: str, number: int, count: int) -> bool:
+    """Return whether an image, by its path below the image folder, belongs to a part of the set, on every machine."""
+    digest = hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape"))
+    return int(digest.hexdigest(), 16) % count == number - 1
+
+
+def parse_row(line: bytes) -> Row | None:
+    """Return the row of a manifest's line, None for one that a crash has torn."""
+    try:
+        found = json.loads(line)
+        row = Row(**{item.name: found[item.name] for item in dataclasses.fields(Row)})
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return None
+    inside = isinstance(row.image, str) and not os.path.isabs(row.image) and ".." not in row.image.split("/")
+    return row if inside and isinstance(row.custom_id, str) and isinstance(row.image_size, int) else None
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """Yield the rows of a manifest. Raises OSError."""
+    with open(path, "rb", opener=lambda path, _: os.open(path, READ_ONLY)) as file:
+        yield from filter(None, map(parse_row, file))
+
+
+class PartWriter:
+    """Writes lines into parts that servers take, and beside them which images each is about.
+
+    A line that stands in an earlier part is not written again, its image is added to that part's rows.
+    """
+
+    def __init__(self, name: Callable[[int], str], manifest: str, most_bytes: float) -> None:
+        self._name = name  # of the part with a number
+        self._manifest = manifest  # of all parts; blank for one beside each
+        self._most_bytes = most_bytes
+        self._rows_of: dict[str, str] = {}  # the manifest with a line, by its id
+        self._number = self._bytes = 0
+        self._part: Part | None = None
+        self._file: IO[bytes] | None = None
+
+    def add(self, row: Row, line: bytes) -> Part | None:
+        """Write a line and its row; returns the part that is full by now, closed and on the disk. Raises OSError."""
+        if known := self._rows_of.get(row.custom_id):
+            self._add_row(known, row)
+            return None
+        part = self._part
+        full = part is not None and (self._bytes + len(line) > self._most_bytes or part.lines >= MOST_LINES)
+        done = self.finish() if full else None
+        if self._part is None or self._file is None:
+            self._number += 1
+            self._part = Part(self._name(self._number))
+            self._file = open(self._part.path + LINES, "xb")  # noqa: SIM115 - until the part is full
+        self._file.write(line)
+        self._bytes += len(line)
+        self._part.lines += 1
+        self._rows_of[row.custom_id] = self._manifest or self._part.path + ROWS
+        self._add_row(self._rows_of[row.custom_id], row)
+        return done
+
+    def has(self, custom_id: str) -> bool:
+        """Return whether a line is written already."""
+        return custom_id in self._rows_of
+
+    @property
+    def part(self) -> Part | None:
+        """The part that is being written."""
+        return self._part
+
+    def finish(self) -> Part | None:
+        """Close the part that is being written, and return it. Raises OSError."""
+        done, self._part, self._bytes = self._part, None, 0
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+        return done
+
+    def _add_row(self, manifest: str, row: Row) -> None:
+        with open(manifest, "ab") as file:
+            file.write(json.dumps(dataclasses.asdict(row)).encode() + b"\n")
+
+
+def save_part(part: Part) -> None:
+    """Keep what is known of a part: with this file it exists. Raises OSError."""
+    state = {name: getattr(part, name) for name in ("lines", "input_file_id", "batch_id", "is_being_created")}
+    write_whole(part.path + STATE, lambda file: file.write(json.dumps(state).encode()))
+
+
+def load_parts(folder: str) -> list[Part]:
+    """Return the parts that are not collected yet. Raises OSError, and SettingsError for what no run has written."""
+    parts = []
+    for name in sorted(name for name in list_names(folder) if name.endswith(STATE)):
+        path = os.path.join(folder, name)
+        try:
+            state = json.loads(Path(path).read_bytes())
+            parts.append(Part(path.removesuffix(STATE), **state))
+        except (ValueError, TypeError):
+            raise SettingsError(f"{printable(path)}: is damaged; delete it to give that part of the batch up") from None
+    return parts
+
+
+def remove_part(part: Part) -> None:
+    """Remove the files of a part: first what makes it one."""
+    for ending in (STATE, LINES, ROWS, *(f".{kind}{LINES}" for kind in ("output", "error"))):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part.path + ending)
+
+
+def remove_halves(folder: str) -> None:
+    """Remove the files of parts that a run had not finished when it died. Raises OSError."""
+    names = list_names(folder)
+    whole = {name.removesuffix(STATE) for name in names if name.endswith(STATE)}
+    for name in names:
+        if name.partition(".")[0] not in whole:
+            os.unlink(os.path.join(folder, name))
+
+
+def waiting_rows(state_folder: str) -> Iterator[Row]:
+    """Yield the images of batches that are not collected yet. Raises SettingsError."""
+    folder = os.path.join(state_folder, BATCH_FOLDER)
+    try:
+        for part in load_parts(folder):
+            yield from read_rows(part.path + ROWS)
+    except OSError as error:
+        raise SettingsError(f"{printable(folder)}: cannot be read: {error.strerror}") from None
 
 
 # ------------------------------------------------------------------------------------------------ Encoding
@@ -4552,11 +4866,48 @@ def load_image(path: str, max_side: int) -> tuple[tuple[str, int, int], bytes, S
     return (hashlib.sha256(data).hexdigest(), len(data), changed_ns), base64.b64encode(jpeg), size
 
 
+def look_at_file(path: str, max_side: int) -> tuple[tuple[str, int, int], bytes, Size]:
+    """Return what load_image does, of an image that is sent by its path: its header is read and nothing else."""
+    data, changed_ns = read_image(path)
+    return (hashlib.sha256(data).hexdigest(), len(data), changed_ns), b"", measure_image(BytesIO(data), max_side)
+
+
+class Answers:
+    """Gives each image the answer that a batch brought, once; stands where an Asker does."""
+
+    def __init__(self, settings: Settings, recipe: Recipe, bill: Bill) -> None:
+        self._settings = settings
+        self._bill = bill
+        self._tags = recipe.style == "tags"
+        self._answers: dict[str, Reply | ErrorReply] = {}
+
+    def put(self, path: str, answer: Reply | ErrorReply) -> None:
+        """Keep the answer for an image."""
+        self._answers[path] = answer
+
+    async def ask(self, question: Question) -> str:
+        """Return the answer, which passed the gate; raises FailImage."""
+        answer = self._answers.pop(question.path, None)
+        if answer is None:
+            raise FailImage("asked once", "a batch gives no second answer")
+        question.attempts += 1
+        question.usage += answer.usage
+        question.dollars += self._bill.settle(0, answer)
+        if isinstance(answer, ErrorReply):
+            error = judge_error(answer, datetime.now(UTC), first=False)
+            raise error if isinstance(error, FailImage) else FailImage("rejected", str(error))
+        try:
+            return judge_reply(answer, tags=self._tags)
+        except CutOff as error:
+            detail = f"set GETCAP_MAX_TOKENS={2 * self._settings.max_tokens} or ask for less, then run again"
+            raise FailImage("cut off", detail) from error
+
+
 class Captioner:
     """Takes one job from image file to caption file."""
 
     def __init__(
-        self, settings: Settings, recipe: Recipe, asker: Asker, journal: Journal, report: Report, stop: Stop
+        self, settings: Settings, recipe: Recipe, asker: Asker | Answers, journal: Journal, report: Report, stop: Stop
     ) -> None:
         import asyncio
 
@@ -4574,12 +4925,18 @@ class Captioner:
         load_pillow()
         self._decoders = asyncio.Semaphore(os.cpu_count() or 1)
         # in one thread from the file to base64: each hand-over between threads costs as much as a small image
-        self._load = wrap(functools.partial(load_image, max_side=settings.max_side))
+        load = look_at_file if settings.image_ref == "file" else load_image
+        self._load = wrap(functools.partial(load, max_side=settings.max_side))
 
     async def handle(self, job: Job) -> None:
         """Caption one image, record the outcome; raises StopRun when the run cannot go on."""
+        await self.record(job, self._caption(job))
+
+    async def record(self, job: Job, work: Awaitable[Outcome | None]) -> None:
+        """Record what becomes of an image, unless that is not known yet; raises StopRun when the run cannot go on."""
+        outcome: Outcome | None
         try:
-            outcome = await self._caption(job)
+            outcome = await work
         except FailImage as error:
             later = "; run again later" if isinstance(error, TryAgain) else ""
             outcome = Failed(job.image, error.reason, error.detail + later, error.by_server)
@@ -4589,6 +4946,8 @@ class Captioner:
             log.debug("%s: unexpected", printable(job.image), exc_info=True)
             detail = f"{type(error).__name__}: {shorten(str(error))}; please report it (-v)"
             outcome = Failed(job.image, "unexpected", detail, by_server=True)
+        if outcome is None:
+            return
         self._report.record(outcome)
         if reason := self._report.same_failure:
             raise StopRun(
@@ -4603,14 +4962,26 @@ class Captioner:
         if job.replaces and job.trigger_only:
             entry = dataclasses.replace(job.replaces, trigger=recipe.trigger.put)
             return await self._keep(job, entry, swap_trigger(before, job.replaces.trigger, recipe))
+        entry, question = await self.prepare(job)
+        return await self._ask_once(job, entry, question)
+
+    async def prepare(self, job: Job) -> tuple[Entry, Question]:
+        """Return the journal's entry of a caption to come, and the question; raises FailImage."""
         async with self._decoders:
             seen, image, size = await self._load(job.image)
-        entry = Entry(
-            "captioned", recipe.question, recipe.identity, recipe.trigger.put, *seen, model=self._settings.model
-        )
-        prompt = make_prompt(recipe, job, before)
-        question = Question(job.image, prompt, image, estimate(self._settings, prompt, size))
-        return await self._ask_once(job, entry, question)
+        prompt = make_prompt(self._recipe, job, read_words(job.caption))
+        return self._entry(*seen), Question(job.image, prompt, image, estimate(self._settings, prompt, size))
+
+    async def take_answer(self, job: Job, row: Row) -> Outcome:
+        """Caption an image with the answer that a batch brought; the asker has it."""
+        prompt = make_prompt(self._recipe, job, read_words(job.caption))
+        entry = self._entry(row.image_sha256, row.image_size, row.image_mtime_ns)
+        return await self._ask_once(job, entry, Question(job.image, prompt, b"", Expected()))
+
+    def _entry(self, image_sha256: str, size: int, mtime_ns: int) -> Entry:
+        recipe, model = self._recipe, self._settings.model
+        made_from = (recipe.question, recipe.identity, recipe.trigger.put, image_sha256, size, mtime_ns)
+        return Entry("captioned", *made_from, model=model)
 
     async def _ask_once(self, job: Job, entry: Entry, question: Question) -> Outcome:
         """Ask, or share the answer of an image with the same bytes."""
@@ -4636,11 +5007,13 @@ class Captioner:
 
         A refusal, and whatever else was paid for and is no caption, gets its line in the journal.
         """
+        import asyncio
+
         try:
             if shared := await self._twins.find(key):
                 return shared, None
             return await self._ask_by_the_rules(question)
-        except (FailImage, StopRun) as error:
+        except (FailImage, StopRun, asyncio.CancelledError) as error:
             refused = isinstance(error, FailImage) and error.reason == "refused"
             if refused or question.usage.prompt:
                 failed = dataclasses.replace(entry, outcome="refused" if refused else "failed")
@@ -4758,7 +5131,7 @@ def end_on_signals(stop: Stop) -> Iterator[None]:
 
 
 async def caption_images(
-    settings: Settings, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
+    settings: Settings, _image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
 ) -> None:
     """Caption the images of a plan; the report has the outcomes, and why the run ended early if it did."""
     import asyncio
@@ -4789,9 +5162,18 @@ async def caption_images(
 
 
 def plan_run(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal) -> Iterator[Job | Skipped | Failed]:
-    """Yield what is to be done with each image, by the settings, the recipe and the journal."""
+    """Yield what is to be done with each image, by settings, recipe, journal, and the batches on their way."""
     judge = functools.partial(judge_image, journal=journal, recipe=recipe, overwrite=settings.overwrite)
-    return plan_folder(image_dir, settings.caption_dir, recipe.caption_ext, judge)
+    waiting = {row.image for row in waiting_rows(journal.folder)}
+    for item in plan_folder(image_dir, settings.caption_dir, recipe.caption_ext, judge):
+        path = item.image if isinstance(item, Job) else item.path
+        name = name_below(image_dir, path) if waiting or settings.shard else ""
+        if settings.shard and not is_in_shard(name, *settings.shard):
+            continue
+        if not isinstance(item, Job) or name not in waiting:
+            yield item
+        elif not settings.batch or settings.dry_run:  # else it is what the run waits for
+            yield Skipped(item.image, "waits in a batch", item.caption)
 
 
 def collect_jobs(plan: Iterable[Job | Skipped | Failed], limit: int | None, report: Report) -> list[Job]:
@@ -4814,7 +5196,7 @@ def prepare_folders(jobs: list[Job], report: Report) -> list[Job]:
     """
     folders = sorted({os.path.dirname(job.caption) for job in jobs})
     problems = {folder: problem for folder in folders if (problem := prepare_folder(folder))}
-    if len(problems) == len(folders):
+    if folders and len(problems) == len(folders):
         raise StopRun(f"{printable(folders[0])}: captions cannot be kept there: {problems[folders[0]]}")
     for job in jobs:
         folder = os.path.dirname(job.caption)
@@ -4849,6 +5231,153 @@ def is_untouched(jobs: Iterable[Job]) -> bool:
         return False
 
 
+async def send_batches(
+    settings: Settings, image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
+) -> None:
+    """Caption the images of a plan by the Batch API; the report has the outcomes, and why the run ended early."""
+    stop = Stop()
+    before, total = report.recorded, len(jobs) + sum(1 for _ in waiting_rows(journal.folder))
+    quiet = log.level > logging.INFO
+    with show_progress(total, report, unit="image", quiet=quiet) as update, end_on_signals(stop):
+        try:
+            async with open_client(settings) as client:
+                batch = BatchRun(settings, recipe, image_dir, journal, report, client, stop)
+                await batch.run(jobs, update)
+        except StopRun as cause:
+            stop.set(cause)
+        except OSError as error:
+            stop.set(StopRun(f"{printable(journal.folder)}: {error.strerror}; run again after that"))
+        finally:
+            report.ended_by = stop.cause
+            report.left += max(0, total - (report.recorded - before))
+
+
+def check_rows(rows: Iterable[Row], recipe: Recipe, shown: str) -> list[Row]:
+    """Return rows of batches; raises SettingsError when they were made with another recipe, which their answers fit."""
+    found = list(dict.fromkeys(rows))
+    if any(row.recipe != recipe.identity for row in found):
+        raise SettingsError(f"{shown}: was made with another model, prompt or style; take the same settings as then")
+    return found
+
+
+async def export_lines(
+    settings: Settings, image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
+) -> None:
+    """Write the images of a plan as batch files, and beside them the manifest that their results are read with."""
+    stop, folder = Stop(), str(settings.batch_export)
+    with show_progress(len(jobs), report, unit="image", quiet=log.level > logging.INFO) as update, end_on_signals(stop):
+        captioner = Captioner(settings, recipe, Answers(settings, recipe, report.bill), journal, report, stop)
+        manifest = os.path.join(folder, "manifest.jsonl")
+        name = functools.partial("{}/part-{:03}".format, folder)
+        writer = PartWriter(name, manifest, settings.batch_megabytes * 1e6)
+        exporter = Exporter(settings, recipe, image_dir, captioner, report.bill, writer)
+
+        async def handle(job: Job) -> None:
+            if not job.trigger_only:  # a run without this flag renews it for nothing
+                await exporter.add(job, first_parameters(settings))
+            update(1)
+
+        failed = len(report.failed)
+        try:
+            await run_pool(iter(jobs), handle, os.cpu_count() or 1, stop)
+            exporter.finish()
+        except OSError as error:
+            stop.set(StopRun(f"{printable(folder)}: cannot be written: {error.strerror}"))
+        report.ended_by = stop.cause
+        report.skipped["exported"] += exporter.images
+        report.left += len(jobs) - exporter.images - (len(report.failed) - failed)
+        log.info("%d lines are in %s, with manifest.jsonl beside them", exporter.lines, printable(folder))
+
+
+def run_export(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
+    """Write batch files for what has no caption yet, or with --overwrite for what is out of date."""
+    import asyncio
+
+    log_remarks(settings, recipe)
+    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
+    jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), settings.limit, report)
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(export_lines(settings, image_dir, recipe, jobs, journal, report))
+
+
+def check_export(folder: Path) -> None:
+    """Make the folder for batch files; raises SettingsError when it cannot be, or holds some already."""
+    shown = f"--batch-export: {printable(str(folder))}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(name.endswith(LINES) for name in list_names(str(folder))):
+            raise SettingsError(f"{shown}: holds batch files already; name an empty folder")
+        if not os.access(folder, os.W_OK):
+            raise SettingsError(f"{shown}: may not be written to")
+    except OSError as error:
+        raise SettingsError(f"{shown}: {error.strerror}") from None
+
+
+def check_waiting(journal: Journal, recipe: Recipe) -> list[Row]:
+    """Return the images of batches on their way; raises SettingsError when their answers fit other settings."""
+    shown = f"the batch in {printable(os.path.join(journal.folder, BATCH_FOLDER))} (delete that to give it up)"
+    return check_rows(waiting_rows(journal.folder), recipe, shown)
+
+
+def is_manifest(path: str) -> bool:
+    """Return whether a file is a manifest, by its first line; raises SettingsError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return parse_row(file.readline()) is not None
+    except OSError as error:
+        raise SettingsError(f"--batch-import: {printable(path)}: cannot be read: {error.strerror}") from None
+
+
+def read_manifests(named: Sequence[str], recipe: Recipe) -> tuple[list[str], list[Row]]:
+    """Return which of the files named are results, and the rows of the manifests, among them or beside them."""
+    manifests = [path for path in named if is_manifest(path)]
+    results = [path for path in named if path not in manifests]
+    beside = (os.path.join(os.path.dirname(path), "manifest.jsonl") for path in results)
+    manifests = list(dict.fromkeys([*manifests, *filter(os.path.isfile, beside)]))
+    if not manifests or not results:
+        what = "a file of results" if manifests else "manifest.jsonl of the export"
+        raise SettingsError(f"--batch-import: {what} is missing; name both, or put the results beside the manifest")
+    rows = check_rows(itertools.chain.from_iterable(map(read_rows, manifests)), recipe, printable(manifests[0]))
+    return results, rows
+
+
+async def import_results(
+    settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal, report: Report,
+    results: Sequence[str], rows: Sequence[Row],
+) -> None:  # fmt: skip
+    """Take the answers in result files to captions."""
+    stop = Stop()
+    collector = Collector(settings, recipe, image_dir, journal, report, stop)
+    planned = collector.plan(rows)
+    ready, _ = prepare_run([*planned.values()], settings.caption_dir or image_dir, journal, report)
+    jobs = {name: job for name, job in planned.items() if job in ready} if len(ready) < len(planned) else planned
+    with end_on_signals(stop):
+        before = report.recorded
+        missing = await collector.collect(results, rows, jobs)
+        report.unanswered += missing
+        if missing and stop.cause is None:
+            log.warning("%d images of the manifest have no result in these files", missing)
+        report.ended_by = stop.cause
+        report.left += len(jobs) - (report.recorded - before)
+
+
+def run_import(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
+    """Write the captions that batch files were answered with."""
+    import asyncio
+
+    log_remarks(settings, recipe)
+    results, rows = read_manifests(settings.batch_import or (), recipe)
+    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(import_results(settings, image_dir, recipe, journal, report, results, rows))
+    except StopRun as cause:
+        report.ended_by = cause
+        log.error("%s", cause)  # noqa: TRY400
+    finally:
+        journal.close()
+
+
 def open_bill(settings: Settings) -> Bill:
     """Return the bill of a run; raises SettingsError for a budget that cannot be kept."""
     price = find_price(settings)
@@ -4857,7 +5386,7 @@ def open_bill(settings: Settings) -> Bill:
             f"--max-cost: the price of {settings.model} at {settings.host} is not known; "
             "--price IN OUT says it, in dollars for a million tokens"
         )
-    return Bill(price, settings.max_cost, settings.service_tier)
+    return Bill(price, settings.max_cost, settings.tier)
 
 
 def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
@@ -4865,9 +5394,10 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
     log.info("prompt: %s; trigger: %s", recipe.prompt_source, printable(recipe.trigger.put) or "none")
     log_remarks(settings, recipe)
     root = settings.caption_dir or image_dir
-    journal = Journal(root)
+    journal = Journal(root, settings.journal_name)
     jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), settings.limit, report)
-    if not jobs:
+    waiting = check_waiting(journal, recipe) if settings.batch else []
+    if not jobs and not waiting:
         nothing = "nothing to caption" if report.recorded else "no images"
         log.info("%s below %s", nothing, printable(str(image_dir)))
         return
@@ -4878,8 +5408,11 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
         import asyncio
 
         with contextlib.suppress(asyncio.CancelledError):  # the second Ctrl-C
-            asyncio.run(caption_images(settings, recipe, ready, journal, report))
-        if kept and not report.written and is_untouched(ready):  # --undo shall find the run before
+            send = send_batches if settings.batch else caption_images
+            asyncio.run(send(settings, image_dir, recipe, ready, journal, report))
+        if (
+            kept and not settings.batch and not report.written and is_untouched(ready)
+        ):  # --undo shall find the run before
             os.unlink(kept)
     except StopRun as cause:  # before anything was asked
         report.left += len(jobs)
@@ -4887,6 +5420,363 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
         log.error("%s", cause)  # noqa: TRY400
     finally:
         journal.close()
+
+
+class Exporter:
+    """Turns images into lines of batch files."""
+
+    def __init__(
+        self, settings: Settings, recipe: Recipe, image_dir: Path, captioner: Captioner, bill: Bill, writer: PartWriter
+    ) -> None:
+        self._settings = settings
+        self._recipe = recipe
+        self._image_dir = image_dir
+        self._captioner = captioner
+        self._bill = bill
+        self._writer = writer
+        self.finish = writer.finish
+        self.lines = self.images = 0  # that were written
+        self.is_over_budget = False
+
+    async def add(self, job: Job, parameters: Parameters) -> Part | None:
+        """Write the line of one image; returns the part that is full by now. What fails is recorded."""
+        done: Part | None = None
+        if self.is_over_budget:
+            return None
+
+        async def write() -> None:
+            nonlocal done
+            done = self._write(job, *await self._captioner.prepare(job), parameters)
+
+        await self._captioner.record(job, write())
+        return done
+
+    def _write(self, job: Job, entry: Entry, question: Question, parameters: Parameters) -> Part | None:
+        settings, identity = self._settings, self._recipe.identity
+        most = Usage(question.expected.usage.prompt, settings.max_tokens)
+        custom_id = f"gc-{fingerprint(entry.image_sha256, identity, question.prompt)}"
+        is_new = not self._writer.has(custom_id)
+        if is_new and not self._bill.allows(most, "batch"):
+            self.is_over_budget = True
+            return None
+        seen = (entry.image_sha256, entry.image_size, entry.image_mtime_ns)
+        row = Row(custom_id, name_below(self._image_dir, job.image), *seen, identity)
+        start = Path(job.image).resolve().as_uri() if settings.image_ref == "file" else DATA_URL
+        chosen = batch_parameters(settings, parameters)
+        body = build_request(settings.model, question.prompt, chosen, 1, question.image, start)
+        done = self._writer.add(row, build_line(custom_id, body))
+        if is_new and self._writer.part:
+            self._writer.part.held += self._bill.hold(most, "batch")
+        self.lines += is_new
+        self.images += 1
+        return done
+
+
+class Batches:
+    """The server's side of batches: files and batches, with the same retries as all else."""
+
+    def __init__(self, client: AsyncOpenAI, settings: Settings, stop: Stop) -> None:
+        self._client = client
+        self._settings = settings
+        self._stop = stop
+
+    async def upload(self, path: str) -> str:
+        """Return what the server calls a file that it has been given."""
+
+        async def send() -> Any:
+            with open(path, "rb") as file:  # noqa: ASYNC230 - the SDK reads it; a path it would read whole
+                return await self._client.files.create(file=file, purpose="batch", timeout=FILE_TIMEOUT_S)
+
+        return str((await self._call(f"uploading {printable(path)}", send)).id)
+
+    async def create(self, input_file_id: str, *, is_perhaps_there: bool) -> Any:
+        """Return the batch of a file; one that the server may have by now is looked for first: none is paid twice."""
+        look_first = is_perhaps_there
+
+        async def create() -> Any:
+            nonlocal look_first
+            if look_first and (found := await self._find(input_file_id)):
+                return found
+            look_first = True
+            return await self._client.batches.create(
+                input_file_id=input_file_id, endpoint=ENDPOINT, completion_window="24h"
+            )
+
+        return await self._call("creating a batch", create)
+
+    async def retrieve(self, part: Part) -> Any:
+        """Return how a batch stands."""
+        what = f"looking at batch {part.batch_id} (to give it up, delete {printable(part.path + STATE)})"
+        return await self._call(what, lambda: self._client.batches.retrieve(part.batch_id))
+
+    async def download(self, file_id: str, path: str) -> str:
+        """Write a file of the server's to a path, and return that."""
+
+        async def receive() -> None:
+            content = self._client.files.with_streaming_response.content(file_id, timeout=FILE_TIMEOUT_S)
+            async with content as response:
+                await response.stream_to_file(path)
+
+        await self._call(f"downloading {file_id}", receive)
+        return path
+
+    async def forget(self, file_ids: Iterable[str | None]) -> None:
+        """Remove files from the server; they would be kept for weeks, and nothing depends on it."""
+        for file_id in filter(None, file_ids):
+            with contextlib.suppress(Exception):
+                await self._client.files.delete(file_id)
+
+    async def _find(self, input_file_id: str) -> Any:
+        number = 0
+        async for batch in self._client.batches.list(limit=100):  # the newest first
+            number += 1
+            if batch.input_file_id == input_file_id:
+                return batch
+            if number >= 1000:
+                break
+        return None
+
+    async def _call(self, what: str, request: Callable[[], Awaitable[Any]]) -> Any:
+        """Return what a request brings; raises StopRun, of which the state on the disk is none the worse."""
+
+        async def attempt() -> Any:
+            self._stop.check()
+            try:
+                return await request()
+            except Exception as error:
+                raise judge_error(describe_failure(error, self._settings), datetime.now(UTC), first=False) from error
+
+        try:
+            return await keep_trying(self._settings, self._stop, lambda _: what)(attempt)
+        except (FailImage, StopRun) as error:
+            self._stop.check()
+            raise StopRun(f"{what}: {error}; the same command goes on where it was") from error
+
+
+class Collector:
+    """Takes the results of batches to captions: each line to the images that it is about."""
+
+    def __init__(
+        self, settings: Settings, recipe: Recipe, image_dir: Path, journal: Journal, report: Report, stop: Stop
+    ) -> None:
+        self._settings = settings
+        self._recipe = recipe
+        self._image_dir = image_dir
+        self._journal = journal
+        self._report = report
+        self._stop = stop
+        self._answers = Answers(settings, recipe, report.bill)
+        self._captioner = Captioner(settings, recipe, self._answers, journal, report, stop)
+
+    def plan(self, rows: Iterable[Row]) -> dict[str, Job]:
+        """Return the jobs of a manifest's rows by image name; what has become needless or wrong is recorded."""
+        jobs = {}
+        for row in rows:
+            item = self._plan_row(row)
+            if isinstance(item, Job):
+                jobs[row.image] = item
+            else:
+                self._report.record(item)
+        return jobs
+
+    def _plan_row(self, row: Row) -> Job | Skipped | Failed:
+        image = os.path.join(self._image_dir, *row.image.split("/"))
+        folder, name = os.path.split(os.path.join(self._settings.caption_dir or self._image_dir, *row.image.split("/")))
+        caption = os.path.join(folder, caption_name(name, self._recipe.caption_ext))
+        seen = Entry(image_sha256=row.image_sha256, image_size=row.image_size, image_mtime_ns=row.image_mtime_ns)
+        if not is_same_image(image, seen):
+            return Failed(image, "changed since", "it is not the image that was asked about any more; run again")
+        try:
+            judge = {"journal": self._journal, "recipe": self._recipe, "overwrite": self._settings.overwrite}
+            return judge_image(image, caption, has_caption(caption), **judge)  # type: ignore[arg-type]
+        except OSError as error:
+            return Failed(image, "unreadable caption", f"{printable(caption)}: {error.strerror}")
+
+    async def collect(self, files: Sequence[str], rows: Iterable[Row], jobs: Mapping[str, Job]) -> int:
+        """Write the captions that result files bring, in any order; returns how many images have no result.
+
+        Where a line was answered twice, what succeeded counts.
+        """
+        waiting: dict[str, list[Row]] = {}
+        for row in rows:
+            waiting.setdefault(row.custom_id, []).append(row)
+        failed: dict[str, ErrorReply] = {}
+
+        async def handle(item: tuple[Row, Reply | ErrorReply]) -> None:
+            row, answer = item
+            if job := jobs.get(row.image):
+                self._answers.put(job.image, answer)
+                await self._captioner.record(job, self._captioner.take_answer(job, row))
+
+        workers = self._settings.thread_pool
+        await run_pool(self._read_answers(files, waiting, failed), handle, workers, self._stop)
+        errors = ((row, failed[key]) for key, rows in waiting.items() if key in failed for row in rows)
+        await run_pool(errors, handle, workers, self._stop)
+        return sum(row.image in jobs for key, rows in waiting.items() if key not in failed for row in rows)
+
+    def _read_answers(
+        self, files: Sequence[str], waiting: dict[str, list[Row]], failed: dict[str, ErrorReply]
+    ) -> Iterator[tuple[Row, Reply]]:
+        """Yield each image with its answer; who has one does not wait any more. Errors are kept for the end."""
+        known, unknown, torn = set(waiting), 0, 0
+        for path in files:
+            with open(path, "rb") as file:
+                for line in filter(bytes.strip, file):
+                    result = parse_result(line)
+                    if result is None:
+                        torn += 1
+                        continue
+                    custom_id, answer = result
+                    unknown += custom_id not in known
+                    if isinstance(answer, Reply):
+                        for row in waiting.pop(custom_id, ()):
+                            yield row, answer
+                    elif not is_not_reached(answer):
+                        failed[custom_id] = answer
+        for number, said in ((unknown, "belong to no image of the manifest"), (torn, "are torn, or no results")):
+            if number:
+                log.warning("%s: %d lines %s", printable(", ".join(files)), number, said)
+
+
+class BatchRun:
+    """Takes images to captions by the Batch API: parts are written, sent, waited for and collected.
+
+    Each step is on the disk before the next, so that a run which was ended goes on where it was.
+    """
+
+    def __init__(
+        self, settings: Settings, recipe: Recipe, image_dir: Path, journal: Journal, report: Report,
+        client: AsyncOpenAI, stop: Stop,
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._recipe = recipe
+        self._image_dir = image_dir
+        self._report = report
+        self._stop = stop
+        self._folder = os.path.join(journal.folder, BATCH_FOLDER)
+        self._asker = Asker(client, settings, recipe, report.bill, stop)
+        self._captioner = Captioner(settings, recipe, self._asker, journal, report, stop)
+        self._batches = Batches(client, settings, stop)
+        self._collector = Collector(settings, recipe, image_dir, journal, report, stop)
+        stamp = new_stamp().replace(".", "")
+        self._exporter = Exporter(
+            settings, recipe, image_dir, self._captioner, report.bill,
+            PartWriter(lambda n: os.path.join(self._folder, f"{stamp}-{n:03}"), "", settings.batch_megabytes * 1e6),
+        )  # fmt: skip
+
+    async def run(self, jobs: Sequence[Job], update: Callable[[int], None]) -> None:
+        """Send the jobs' images and wait for all batches; raises StopRun. `update` counts what the server has done."""
+        os.makedirs(self._folder, exist_ok=True)
+        remove_halves(self._folder)
+        parts = load_parts(self._folder)
+        if parts:
+            log.info("%d batches of an earlier run are not collected yet", len(parts))
+
+        async def handle(job: Job) -> None:
+            if job.trigger_only:
+                await self._captioner.handle(job)
+            elif done := await self._exporter.add(job, self._asker.parameters):
+                save_part(done)
+                parts.append(done)
+                await self._submit(done)
+
+        queue = iter(jobs)
+        for job in queue:  # the first is asked at once: what is wrong for all is known before a day has passed
+            await self._captioner.handle(job)
+            if self._asker.is_proven:
+                break
+        await run_pool(queue, handle, os.cpu_count() or 1, self._stop)
+        last = self._exporter.finish()
+        if last and self._stop.cause is None:
+            save_part(last)
+            parts.append(last)
+        await self._wait(parts, update)
+        if self._exporter.is_over_budget:
+            raise StopRun("--max-cost: leaves no room for the other images; raise it, then run again")
+
+    async def _submit(self, part: Part) -> None:
+        """Give a part to the server; each step that it cannot be asked for twice is on the disk first."""
+        if not part.input_file_id:
+            part.input_file_id = await self._batches.upload(part.path + LINES)
+            save_part(part)
+            os.unlink(part.path + LINES)
+        is_perhaps_there, part.is_being_created = part.is_being_created, True
+        save_part(part)
+        batch = await self._batches.create(part.input_file_id, is_perhaps_there=is_perhaps_there)
+        part.batch_id, part.is_being_created = batch.id, False
+        save_part(part)
+        log.info("batch %s: %d images are on their way; Ctrl-C ends the waiting only", batch.id, part.lines)
+
+    async def _wait(self, parts: list[Part], update: Callable[[int], None]) -> None:
+        """Look at all batches until they are collected."""
+        done: dict[str, int] = {}
+        pause_s, said = FIRST_POLL_S, 0
+        while parts:
+            for part in [*parts]:
+                if not part.batch_id:
+                    if time.monotonic() < part.try_at:
+                        continue
+                    await self._submit(part)
+                batch = await self._batches.retrieve(part)
+                counts = batch.request_counts
+                done[part.path] = (counts.completed + counts.failed) if counts else 0
+                if batch.status in ENDED and await self._finish(part, batch):
+                    parts.remove(part)
+                    done[part.path], pause_s = part.lines, FIRST_POLL_S
+                    for other in parts:
+                        other.try_at = 0.0
+            now = sum(done.values())
+            if now > said:
+                update(now - said)
+                said = now
+            if parts:
+                await self._stop.sleep(pause_s)
+                pause_s = min(LONGEST_POLL_S, 1.5 * pause_s)
+
+    async def _finish(self, part: Part, batch: Any) -> bool:
+        """Collect a batch that has come to its end; returns whether its part is done with."""
+        if batch.status == "failed":
+            return self._judge_failed(part, batch.errors.data or [] if batch.errors else [])
+        files = []
+        for file_id, kind in ((batch.output_file_id, "output"), (batch.error_file_id, "error")):
+            if file_id:
+                files.append(await self._batches.download(file_id, f"{part.path}.{kind}{LINES}"))
+        self._report.bill.held -= part.held
+        rows = list(read_rows(part.path + ROWS))
+        missing = await self._collector.collect(files, rows, self._collector.plan(rows))
+        self._stop.check()
+        self._report.unanswered += missing
+        if missing:
+            log.warning("batch %s is %s: %d images have no result; run again", batch.id, batch.status, missing)
+        remove_part(part)
+        await self._batches.forget((part.input_file_id, batch.output_file_id, batch.error_file_id))
+        return True
+
+    def _judge_failed(self, part: Part, errors: Sequence[Any]) -> bool:
+        """Decide about a batch that the server did not begin; nothing of it was paid for."""
+        said = "; ".join(shorten(f"{e.code or 'error'}: {e.message}", 200) for e in errors[:3]) or "no reason is given"
+        if any(re.search(NO_ROOM, f"{e.code} {e.message}") for e in errors):
+            log.warning("batch %s: no room yet, tried again later: %s", part.batch_id, said)
+            part.batch_id, part.try_at = "", time.monotonic() + NO_ROOM_S
+            save_part(part)
+            return False
+        rows = list(read_rows(part.path + ROWS))
+        by_id: dict[str, list[Row]] = {}
+        for row in rows:
+            by_id.setdefault(row.custom_id, []).append(row)
+        lines = list(by_id.values())
+        wrong = {e.line: e for e in errors if isinstance(e.line, int) and 0 < e.line <= len(lines)}
+        for number, error in wrong.items():
+            for row in lines[number - 1]:
+                image = os.path.join(self._image_dir, *row.image.split("/"))
+                detail = f"line {number} of its batch: {error.message or error.code}; mend it or take it out"
+                self._report.record(Failed(image, "rejected", shorten(detail), by_server=True))
+        remove_part(part)
+        if not wrong:
+            raise StopRun(f"the server rejects the batch: {said}")
+        log.warning("batch %s was rejected for %d of its images; run again for the others", part.batch_id, len(wrong))
+        self._report.unanswered += len(rows) - len(wrong)
+        return True
 
 
 def log_remarks(settings: Settings, recipe: Recipe) -> None:
@@ -4914,7 +5804,7 @@ def show_plan(settings: Settings) -> int:
     """
     image_dir = check_folders(settings)
     recipe = read_recipe(settings, os.environ)
-    journal = Journal(settings.caption_dir or image_dir)
+    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
     log_remarks(settings, recipe)
     if settings.metadata:
         check_metadata(settings.metadata, journal)
@@ -5272,14 +6162,17 @@ def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str]
         raise SettingsError(f"{shown}: cannot be written: {error.strerror}") from None
 
 
-CAPTIONS_ONLY = ("limit", "overwrite", "metadata")
+CAPTIONS_ONLY = ("limit", "overwrite", "metadata", "shard")
+BATCH_FLAGS = ("batch", "batch_export", "batch_import")
 
 
 def check_command(settings: Settings) -> None:
     """Raise the SettingsError for flags that say nothing to the command they stand beside."""
     others = [flag_name(name) for name in ("fix_encoding", "undo", "review") if getattr(settings, name)]
-    if len(others) > 1:
-        raise SettingsError(f"{' and '.join(others)}: take one of them")
+    commands = others + [flag_name(name) for name in BATCH_FLAGS if getattr(settings, name)]
+    if len(commands) > 1:
+        raise SettingsError(f"{' and '.join(commands)}: take one of them")
+    check_batch(settings)
     for name in CAPTIONS_ONLY:
         if getattr(settings, name) and others:
             raise SettingsError(f"{flag_name(name)}: belongs to captioning, not to {others[0]}")
@@ -5290,6 +6183,19 @@ def check_command(settings: Settings) -> None:
         raise SettingsError("--encoding: belongs to --fix-encoding")
     if settings.report and (settings.dry_run or settings.undo):
         raise SettingsError("--report: tells what a run did; --dry-run and --undo print what they would do or did")
+
+
+def check_batch(settings: Settings) -> None:
+    """Raise the SettingsError for flags that do not fit those for large sets."""
+    if settings.image_ref == "file" and not settings.batch_export:
+        raise SettingsError("--image-ref file: belongs to --batch-export; a server cannot read this disk")
+    if settings.service_tier and (settings.batch or settings.batch_export):
+        raise SettingsError("--service-tier (GETCAP_SERVICE_TIER): a batch has a price of its own; leave it out")
+    if settings.metadata and (settings.shard or settings.batch_export):
+        raise SettingsError("--metadata: is for a run with all captions; leave it out here, and write it at the end")
+    for name in ("limit", "max_cost", "dry_run"):
+        if settings.batch_import and getattr(settings, name):
+            raise SettingsError(f"{flag_name(name)}: belongs to asking; --batch-import reads what was answered")
 
 
 def report_on(settings: Settings, work: Callable[[Report], None]) -> int:
@@ -5320,17 +6226,24 @@ def run(settings: Settings) -> int:
     if settings.dry_run:
         return show_plan(settings)
     image_dir = check_folders(settings)
-    check_key(settings)
+    caption: Callable[[Settings, Path, Recipe, Report], None] = run_captions
+    if settings.batch_export:
+        check_export(settings.batch_export)
+        caption = run_export
+    elif settings.batch_import:
+        caption = run_import
+    else:
+        check_key(settings)
     bill = open_bill(settings)
     recipe = read_recipe(settings, os.environ)
-    journal = Journal(settings.caption_dir or image_dir)
+    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
     if settings.metadata:
         check_metadata(settings.metadata, journal)
 
     def work(report: Report) -> None:
         report.bill = bill
         try:
-            run_captions(settings, image_dir, recipe, report)
+            caption(settings, image_dir, recipe, report)
         finally:
             if settings.metadata:
                 plan = plan_folder(image_dir, settings.caption_dir, recipe.caption_ext)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import traceback
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
+import aiofiles.os  # noqa: F401 - so that a forked process has it
+import openai  # noqa: F401
 import pytest
+import tenacity  # noqa: F401
+import yaml  # noqa: F401
 from PIL import Image
+from tqdm.contrib import logging as _logging  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "gen-captions.py"
@@ -51,6 +60,11 @@ class Server:
         request = urllib.request.Request(address, json.dumps(fields).encode(), method="PUT")
         urllib.request.urlopen(request).close()
 
+    def batch(self, **wishes: Any) -> None:
+        """Say what happens to batches from now on; all else goes on."""
+        address = self.url.removesuffix("/v1") + "/batch"
+        urllib.request.urlopen(urllib.request.Request(address, json.dumps(wishes).encode(), method="PUT")).close()
+
     def stats(self) -> dict[str, Any]:
         """Return what was seen since the script was set."""
         with urllib.request.urlopen(self.url.removesuffix("/v1") + "/stats") as response:
@@ -80,8 +94,45 @@ def server(server_process: Server) -> Server:
     return server_process
 
 
+SCRIPT = compile(TOOL.read_bytes(), str(TOOL), "exec")
+
+
+def become_the_tool(arguments: list[str], environment: dict[str, str]) -> NoReturn:
+    """Run the tool in a process that was just forked, as if Python had been started with it.
+
+    What a start costs is mostly the import of the SDK, about a second on a small machine; this process has it already.
+    """
+    code: object = 1
+    try:
+        os.closerange(3, 4096)  # our parent waits for that, and no pipe of another process is held open
+        os.environ.clear()
+        os.environ.update(environment)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore")
+        sys.argv = [str(TOOL), *arguments]
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(number, mode, encoding="utf-8", errors=errors, buffering=1 if number == 2 else -1)  # noqa: SIM115
+            for number, mode, errors in ((0, "r", "strict"), (1, "w", "strict"), (2, "w", "backslashreplace"))
+        )
+        script = sys.modules["__main__"] = ModuleType("__main__")
+        script.__file__ = str(TOOL)
+        exec(SCRIPT, vars(script))
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
 class Tool:
-    """gen-captions.py as a process, as a user starts it."""
+    """gen-captions.py as a process."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder = folder
@@ -98,10 +149,12 @@ class Tool:
 
     def start(self, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
         """Start it and return the running process."""
+        words, variables = [*map(str, arguments)], {**self.environment, **environment}
         return subprocess.Popen(
-            [sys.executable, str(TOOL), *map(str, arguments)],
+            [sys.executable, str(TOOL), *words],
+            preexec_fn=None if os.name == "nt" else lambda: become_the_tool(words, variables),  # noqa: PLW1509 - no thread of ours holds a lock
             cwd=self.folder,
-            env={**self.environment, **environment},
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -292,6 +292,57 @@ def test_an_answer_without_choices_is_paid_for_as_it_was_counted(tool: Tool, ser
     assert "lost" not in err
 
 
+ANSWERED = {"prompt_tokens": 1200, "completion_tokens": 20}
+PAID_ERRORS = [
+    {"status": 500, "body": {"error": {"message": "late"}, "usage": ANSWERED}},
+    {"status": 429, "body": {"error": {"message": "late", "usage": ANSWERED}}},
+    {"body": {"error": {"message": "late", "code": 500}, "usage": ANSWERED}},
+    {"body": {"error": {"message": "late", "code": 500}}},
+    {"body": {"error": {"message": "late", "code": 500}, "usage": {"total_tokens": 1220}}},
+]
+
+
+@pytest.mark.parametrize("error", PAID_ERRORS)
+@pytest.mark.usefixtures("images")
+def test_an_error_that_may_be_billed_counts_against_the_budget(
+    tool: Tool, server: Server, error: dict[str, Any]
+) -> None:
+    server.script(then=error)
+    tool("--image-dir", "images", *PRICED, "--max-cost", "0.001", "--throttle-retries", "50", code=3)
+    assert server.stats()["requests"] * EACH <= Decimal("0.001")
+
+
+def test_thoughts_that_only_the_total_shows_are_counted() -> None:
+    assert gc.read_usage({**ANSWERED, "total_tokens": 1500}) == gc.Usage(1200, 300)
+    assert gc.read_usage({**ANSWERED, "total_tokens": 1220}) == gc.Usage(1200, 20)
+
+
+def test_the_worst_case_is_that_of_the_dearest_tier_seen() -> None:
+    bill = gc.Bill(lambda usage, tier: Decimal(usage.answer * (2 if tier == "priority" else 1)), Decimal(1000))
+    most = gc.Usage(100, 100)
+    assert bill.hold(most) == 100
+    bill.settle(100, gc.Reply("A cat.", "stop", "", has_reasoning=False, usage=most, tier="priority"))
+    assert bill.hold(most) == 200
+
+
+def test_an_absurd_count_does_not_stop_the_pace_for_long() -> None:
+    bucket = gc.Bucket()
+    room = gc.Limit(200_000, 199_000, 0.3)
+    bucket.learn(room, 0, 0, 1)
+    taken = bucket.taken
+    bucket.take(900_000_000)
+    bucket.learn(room, 1, taken, 2)
+    assert bucket.wait_s(1000, 2) <= 2 * 200_000 / (1000 / 0.3)
+
+
+def test_a_small_limit_with_a_short_window_is_used_in_full() -> None:
+    bucket = gc.Bucket()
+    bucket.learn(gc.Limit(5, 2, 0.6), 0, 0, 0)  # five a second
+    bucket.learn(gc.Limit(5, 4, 0.2), 1, bucket.taken, 1)
+    bucket.take(4)
+    assert bucket.wait_s(1, 1) == pytest.approx(0.3, abs=0.11)
+
+
 @pytest.mark.usefixtures("images")
 def test_an_answer_whose_second_try_the_budget_forbids_has_its_line_in_the_journal(tool: Tool, server: Server) -> None:
     server.script(then={"finish_reason": "length", "usage": {"prompt_tokens": 1200, "completion_tokens": 300}})

@@ -562,7 +562,7 @@ def test_ten_thousand_captions_load_filter_search_and_sort(tmp_path: Path, brows
     assert count.inner_text() == "10000 of 10000 shown"
     page.get_by_role("searchbox").fill("")
     page.get_by_role("combobox").select_option("longest")
-    assert page.locator("#sheet .name").first.inner_text() == "6.jpg"
+    assert page.locator("#sheet .name").first.text_content() == "6.jpg"
 
 
 def test_the_page_is_right_in_the_dark_and_on_a_phone(tmp_path: Path, browser: Any) -> None:

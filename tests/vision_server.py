@@ -10,6 +10,7 @@ while it runs by requests to two addresses of its own:
 
     PUT /script   what the next requests meet; starts the counts anew (see Script)
     PUT /limits   other limits a minute, by unit; the counts go on
+    PUT /batch    another `batch` of the script; the counts go on
     GET /stats    what was seen so far (see Stats)
 
 A step of the script is a JSON object; all its keys are optional:
@@ -18,6 +19,9 @@ A step of the script is a JSON object; all its keys are optional:
     content, finish_reason, message, usage   change these parts of an ordinary answer
     fault                       reset | slow | cut | hang | no choices | html, in place of an answer
     latency                     seconds before the answer
+
+It takes batches too (/v1/files, /v1/batches): a batch is answered line by line as requests are, by the same script, and
+goes through OpenAI's statuses in time. `batch` in the script says what else happens to it (see Script).
 """
 
 from __future__ import annotations
@@ -64,6 +68,10 @@ class Script:
     check: bool = True  # whether images are decoded
     tier: str = ""  # what answers are billed as; blank is what was asked for
     shutdown_date: str | None = None  # of every model, at GET /v1/models/NAME
+    # errors (with which it fails), expires_after (lines), most_lines (of all that are at work), hold (while it is true),
+    # without (output_file_id), fail (METHOD PATH: how many of these requests fail first, and with which status, 0 for
+    # none), lose (the same after it was done), hang and hang_after (such requests)
+    batch: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,6 +86,10 @@ class Stats:
     images: list[list[Any]] = field(default_factory=list)  # format, width, height, bytes of the last 1,000
     bodies: list[dict[str, Any]] = field(default_factory=list)  # the last 100 bodies, images left out
     arrivals: list[float] = field(default_factory=list)  # seconds since the script was set
+    uploads: list[list[str]] = field(default_factory=list)  # the ids in each file
+    batches: list[str] = field(default_factory=list)  # the file of each batch that was made
+    deleted: list[str] = field(default_factory=list)  # files
+    calls: list[str] = field(default_factory=list)  # of files and batches
 
 
 class Bucket:
@@ -152,6 +164,9 @@ class VisionServer:
         self.buckets = [Bucket(unit, per_minute) for unit, per_minute in limits.items() if per_minute]
         self.fault_kinds = itertools.cycle(FAULTS)
         self.started = time.monotonic()
+        self.files: dict[str, bytes] = {}
+        self.batches: dict[str, dict[str, Any]] = {}
+        self.failing: dict[str, int] = {}
 
     async def set_script(self, request: web.Request) -> web.Response:
         """PUT /script."""
@@ -166,6 +181,11 @@ class VisionServer:
             bucket.per_minute = limits.get(bucket.unit, bucket.per_minute)
         return web.json_response({})
 
+    async def set_batch(self, request: web.Request) -> web.Response:
+        """PUT /batch: change what happens to batches, while all else goes on."""
+        self.script.batch = await request.json()
+        return web.json_response({})
+
     async def get_stats(self, _request: web.Request) -> web.Response:
         """GET /stats."""
         return web.json_response(asdict(self.stats))
@@ -174,6 +194,146 @@ class VisionServer:
         """GET /v1/models/NAME."""
         model = {"id": request.match_info["model"], "object": "model", "created": 0, "owned_by": "stand-in"}
         return web.json_response({**model, "shutdown_date": self.script.shutdown_date})
+
+    async def interfere(self, request: web.Request, *, done: bool = False) -> None:
+        """Fail a request as the script wants, before it is done or after."""
+        name = f"{request.method} {request.path.split('/')[2]}"
+        self.stats.calls.append(f"{name}{' done' if done else ''}")
+        while self.script.batch.get("hang_after" if done else "hang") == name:  # noqa: ASYNC110 - until a request changes it
+            await asyncio.sleep(0.02)
+        often, status = self.script.batch.get("lose" if done else "fail", {}).get(name, (0, 500))
+        seen = self.failing[f"{done} {name}"] = self.failing.get(f"{done} {name}", 0) + 1
+        if seen <= often:
+            if not status and request.transport:
+                request.transport.abort()
+            error = {"error": {"message": "interference", "code": "interference"}}
+            raise web_error(status or 500, error)
+
+    async def upload(self, request: web.Request) -> web.Response:
+        """POST /v1/files."""
+        await self.interfere(request)
+        form = await request.post()
+        upload = form["file"]
+        assert isinstance(upload, web.FileField)
+        if form["purpose"] != "batch":
+            self.stats.wrong.append(f"purpose {form['purpose']!s}")
+        name = f"file-{len(self.stats.uploads) + 1}"
+        self.files[name] = upload.file.read()
+        lines = self.files[name].splitlines()
+        self.stats.uploads.append([json.loads(line)["custom_id"] for line in lines])
+        await self.interfere(request, done=True)
+        return web.json_response(
+            {
+                "id": name,
+                "object": "file",
+                "bytes": len(self.files[name]),
+                "created_at": int(time.time()),
+                "filename": upload.filename,
+                "purpose": "batch",
+                "status": "processed",
+            }
+        )
+
+    async def send_file(self, request: web.Request) -> web.Response:
+        """GET /v1/files/ID/content."""
+        await self.interfere(request)
+        name = request.match_info["id"]
+        if name not in self.files:
+            return web.json_response({"error": {"message": f"No such File object: {name}"}}, status=404)
+        return web.Response(body=self.files[name], content_type="application/octet-stream")
+
+    async def delete_file(self, request: web.Request) -> web.Response:
+        """DELETE /v1/files/ID."""
+        name = request.match_info["id"]
+        self.files.pop(name, None)
+        self.stats.deleted.append(name)
+        return web.json_response({"id": name, "object": "file", "deleted": True})
+
+    async def create_batch(self, request: web.Request) -> web.Response:
+        """POST /v1/batches."""
+        await self.interfere(request)
+        body = await request.json()
+        name = f"batch-{len(self.stats.batches) + 1}"
+        self.stats.batches.append(body["input_file_id"])
+        now = int(time.time())
+        self.batches[name] = {
+            "id": name, "object": "batch", "endpoint": body["endpoint"], "completion_window": "24h",
+            "input_file_id": body["input_file_id"], "status": "validating", "created_at": now,
+            "output_file_id": None, "error_file_id": None, "errors": None,
+            "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        }  # fmt: skip
+        asyncio.get_running_loop().create_task(self.work(self.batches[name], request)).add_done_callback(print_failure)
+        await self.interfere(request, done=True)
+        return web.json_response(self.batches[name])
+
+    async def get_batch(self, request: web.Request) -> web.Response:
+        """GET /v1/batches/ID."""
+        await self.interfere(request)
+        name = request.match_info["id"]
+        if name not in self.batches:
+            return web.json_response({"error": {"message": f"No batch found with id '{name}'."}}, status=404)
+        return web.json_response(self.batches[name])
+
+    async def list_batches(self, request: web.Request) -> web.Response:
+        """GET /v1/batches, the newest first, two on a page."""
+        found = [*reversed(self.batches.values())]
+        names = [batch["id"] for batch in found]
+        start = names.index(request.query["after"]) + 1 if "after" in request.query else 0
+        page = found[start : start + 2]
+        return web.json_response({"object": "list", "data": page, "has_more": start + 2 < len(found)})
+
+    async def work(self, batch: dict[str, Any], request: web.Request) -> None:
+        """Take a batch through its statuses."""
+        wishes = self.script.batch
+        lines = self.files[batch["input_file_id"]].splitlines()
+        await asyncio.sleep(0.05)
+        waiting = sum(b["request_counts"]["total"] for b in self.batches.values() if b["status"] == "in_progress")
+        if errors := wishes.get("errors"):
+            batch.update(status="failed", errors={"object": "list", "data": errors})
+            return
+        if waiting + len(lines) > wishes.get("most_lines", 10**9):
+            message = "Enqueued token limit reached for stand-in. Please try again once some in_progress batches have been completed."
+            error = {"code": "token_limit_exceeded", "message": message, "param": None, "line": None}
+            batch.update(status="failed", errors={"object": "list", "data": [error]})
+            return
+        counts = batch["request_counts"]
+        counts["total"] = len(lines)
+        batch["status"] = "in_progress"
+        outputs: list[str] = []
+        errors = []
+        for number, line in enumerate(lines):
+            expired = number >= wishes.get("expires_after", 10**9)
+            result, good = await self.answer_line(json.loads(line), request, expired=expired)
+            (outputs if good else errors).append(json.dumps(result))
+            counts["completed" if good else "failed"] += 1
+        while self.script.batch.get("hold"):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        self.random.shuffle(outputs)  # their order is not kept
+        for kind, found in (("output_file_id", outputs), ("error_file_id", errors)):
+            if found and wishes.get("without") != kind:
+                batch[kind] = f"file-{kind[:3]}-{batch['id']}"
+                self.files[batch[kind]] = ("\n".join(found) + "\n").encode()
+        batch["status"] = wishes.get("ends", "expired" if "expires_after" in wishes else "completed")
+
+    async def answer_line(
+        self, line: dict[str, Any], request: web.Request, *, expired: bool
+    ) -> tuple[dict[str, Any], bool]:
+        """Return the result of a line of a batch, and whether it belongs into the output."""
+        result = {
+            "id": f"batch_req_{line['custom_id']}",
+            "custom_id": line["custom_id"],
+            "response": None,
+            "error": None,
+        }
+        if expired:
+            message = "This request could not be executed before the completion window expired."
+            return {**result, "error": {"code": "batch_expired", "message": message}}, False
+        self.stats.requests += 1
+        response = self.refuse(request, line["body"]) or await self.answer_body(request, line["body"])
+        assert isinstance(response, web.Response)
+        body = json.loads(response.text or "null")
+        result["response"] = {"status_code": response.status, "request_id": "req", "body": body}
+        return result, response.status == 200
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
@@ -230,8 +390,10 @@ class VisionServer:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """Return what the script, or else the image, asks for."""
         body = json.loads(await request.read())
-        if refused := self.refuse(request, body):
-            return refused
+        return self.refuse(request, body) or await self.answer_body(request, body)
+
+    async def answer_body(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        """Return what the script, or else the image, asks for."""
         url = find_image(body)
         self.note(body)
         step = self.next_step()
@@ -298,14 +460,34 @@ class VisionServer:
         return response
 
 
+def print_failure(task: asyncio.Task[None]) -> None:
+    """Say what went wrong with a batch."""
+    if not task.cancelled() and task.exception():
+        print(repr(task.exception()), file=sys.stderr)
+
+
+def web_error(status: int, body: dict[str, Any]) -> web.HTTPException:
+    """Return an error to be raised."""
+    error = web.HTTPInternalServerError(text=json.dumps(body), content_type="application/json")
+    error.set_status(status)
+    return error
+
+
 def build_app(script: Script) -> web.Application:
     """Return the application."""
     server = VisionServer(script)
     app = web.Application(client_max_size=1 << 30)
     app.router.add_post("/v1/chat/completions", server.complete)
     app.router.add_get("/v1/models/{model}", server.get_model)
+    app.router.add_post("/v1/files", server.upload)
+    app.router.add_get("/v1/files/{id}/content", server.send_file)
+    app.router.add_delete("/v1/files/{id}", server.delete_file)
+    app.router.add_post("/v1/batches", server.create_batch)
+    app.router.add_get("/v1/batches", server.list_batches)
+    app.router.add_get("/v1/batches/{id}", server.get_batch)
     app.router.add_put("/script", server.set_script)
     app.router.add_put("/limits", server.set_limits)
+    app.router.add_put("/batch", server.set_batch)
     app.router.add_get("/stats", server.get_stats)
     return app
 
