@@ -2192,34 +2192,47 @@ THINKING = (
 )
 THINKING_END = r"(?s)(?:.*<\|channel\|>final<\|message\|>|analysis.*assistantfinal)"  # gpt-oss, marks or no marks
 THOUGHTS = (  # without any marks
-    r"(?i)thinking process:|thought the user|the user (?:wants|asks|is asking)|so,? the task is"
+    r"(?i)thinking process:|thought the user|the user (?:wants|asks|is asking|uploaded|(?:has )?provided|sent)\b"
+    r"|(?:so,? )?(?:the|my) task is\b"
     r"|(?:(?:okay|ok|got it|alright|hmm|first|now),? (?:so,? )?)?(?:i|we) (?:need|have|should)(?: to)? "
-    r"(?:write|caption|describe|look|analy|create|produce|generate)"
-    r"|(?:okay|ok|got it|alright|hmm)[,.] .{0,40}(?:the user|let['’]s)|let['’]s (?:tackle|analy|see|break (?:this|it))"
-    r"|let me (?:analy|look at|think(?: about| through| step|[.:]))"
+    r"(?:write|caption|describe|look at|analy|create|produce|generate)"
+    r"|(?:okay|ok|got it|alright|hmm)[,.] .{0,40}"
+    r"(?:the user(?! (?:manual|interface|guide))|let['’]s (?:see|look|start|tackle|think|analy))"
+    r"|let['’]s (?:tackle|analy|see[.,:]|look at|break (?:this|it))|i['’]ll start by\b"
+    r"|let me (?:analy|look at|start by|think(?: about| through| step|[.:]))"
 )
-TURN_END = r"<\|(?:eot_id|im_end|endoftext|end)\|>|<end_of_turn>|<eos>|</s>|\[/INST\]|<｜end▁of▁sentence｜>"
-SPECIAL_TOKENS = r"<\|im_start\|>assistant|<\|\w+\|>|<s>|</?answer>"  # a template's own, <|begin_of_box|> too
+TURN_END = r"<\|(?:eot_id|im_end|endoftext|end)\|>|<end_of_turn>|<eos>|</s>\s*\Z|\[/INST\]|<｜end▁of▁sentence｜>"
+SPECIAL_TOKENS = r"<\|im_start\|>assistant|<\|\w+\|>|\A\s*<s>|</?answer>"  # a template's own, <|begin_of_box|> too
 FENCE = r"(?s)```[\w-]*\n(.*)\n```"
 LINE_MARKS = r"(?m)^(?:#{1,6}|[-*•>]) "
-QUOTED = r"(\"[^\"]{0,500}\"|„[^“”]{0,500}[“”]|“[^”“]{0,500}”|«[^»]{0,500}»|「[^」]{0,500}」|『[^』]{0,500}』)"
+INCH = "[0-9½¼¾⅓⅔⅛⅜⅝⅞'’]"  # before a mark that opens no quotation
+QUOTED = (
+    rf"((?<!{INCH})\"[^\"]{{0,3000}}\"|„[^“”\"]{{0,3000}}[“”\"]|“[^”“]{{0,3000}}”|«[^»]{{0,3000}}»|「[^」]{{0,3000}}」"
+    r"|『[^』]{0,3000}』|`[^`\n]{1,300}`|(?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w)){1,3000}'(?!\w)"
+    r"|‘(?:[^‘’\n]|(?<=\w)’(?=\w)){1,3000}’(?!\w))"
+)
 MARKUP = (  # marks that a page would not show, and what is left of them
-    (r"(?<![\w*])(\*{1,3})(?=[^\s*])(?=[^*\n]*[^\W_])([^*\n]{1,300})(?<=[^\s*])\1(?![\w*])", r"\2"),  # not 5 * 3, *^_^*
+    (r"(?<![\w*])(\*{1,3})(?=[\w\"“'(])([^*\n]{1,300})(?<=[^\s*])\1(?![\w*]|\.\w)", r"\2"),  # not 5 * 3, *.py, *^_^*
     (r"(?<!\w)__(?=\S)([^_\n]{1,300} [^_\n]{1,300})(?<=\S)__(?!\w)", r"\1"),  # not __init__
     (r"!?\[([^\]\n]{0,300})\]\(\S{1,500}\)", r"\1"),
-    (r"(?i)</?(?:b|i|u|em|strong|span|caption|description|prompt)\b[^<>]{0,100}>", ""),
-    (r"(?i)</?(?:p|br|div|ul|ol|li)\b[^<>]{0,100}>|(?<=[.,;!?\s])\\n|\\n(?![a-z])", " "),
+    (r"(?is)\A<(p|div|span|caption|description|prompt|output|response|result)\b[^<>]{0,100}>(.*)</\1>\Z", r"\2"),
+    (r"(?i)<(b|i|u|em|strong)>([^<>]{1,300})</\1>", r"\2"),
+    (r"(?i)<br ?/?>", " "),
+    (r"(?<=[.,;!?\s])\\n|(?<=\w)\\n(?=[A-Z])", " "),  # not C:\new
 )
 ABOUT = r"(?:captions?|descriptions?|prompts?|tags|sentence)"
 OPENING = (
     r"(?i)(?:(?:sure|certainly|of course|absolutely|okay|ok|great)\b[^\w\n]*\s*)?"
     rf"(?:(?:here(?:\s+is|\s+are|['’]s)|below is)\b[^:.\n]{{0,80}}?\b{ABOUT}\b[^:.\n]{{0,80}}(?::\s*|\n+)"
-    rf"|(?:(?:image|photo|suggested|final|training)\s+)?{ABOUT}(?:\s*:\s*|\s*\n+))"
+    rf"|(?:(?:image|photo|suggested|final|training|detailed|short|generated)\s+)?{ABOUT}(?: \d)?(?:\s*:\s*|\s*\n+)"
+    r"|(?:assistant|answer|response|final answer|alt text)\s*:\s+)"
+    r"|(?i:(?:sure|certainly|of course|absolutely|here you go)[!.:])\s+(?=(?-i:[A-Z\"“]))"
 )
 CLOSING = (
-    r"(?is)(?<=[.!?\"”])(?:\n(?:let me know|feel free|would you like|i hope|hope this"
-    r"|if you(?:['’]d| would)? (?:like|want|need))\b"
-    r"|\s+(?:let me know if|feel free to (?:ask|reach)|i hope (?:this|that|it) helps|\(?word count:?) ?\b).*\Z"
+    r"(?is)(?<=[.!?\"”])(?:\n(?:let me know|feel free|would you like (?:me|another|a )|i hope (?:this|that|it|you)"
+    r"|hope this|if you(?:['’]d| would)? (?:like|want|need))\b"
+    r"|\s+(?:let me know (?:if|what)|feel free to (?:ask|reach|adjust)|(?:i )?hope (?:this|that|it) helps"
+    r"|would you like me to|is there anything else you|\(?word count:?|\(\d+ words) ?\b).*\Z"
 )
 # controls, BOM, half characters, soft hyphens, marks of direction
 INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
@@ -2262,6 +2275,11 @@ def strip_markup(text: str) -> str:
     return text
 
 
+def mask_quotes(text: str) -> str:
+    """Return a text of the same length in which what is quoted, and so copied from the image, says nothing."""
+    return re.sub(QUOTED, lambda found: found[0][0] + "x" * (len(found[0]) - 2) + found[0][-1], text)
+
+
 def clean_caption(content: str, *, tags: bool = False) -> str:
     """Return an answer as one trimmed line: without reasoning, fences, openings, markup and invisible characters.
 
@@ -2274,7 +2292,8 @@ def clean_caption(content: str, *, tags: bool = False) -> str:
         text = fenced[1]
     text = re.sub(LINE_MARKS, "", text)
     for _ in range(3):  # an opening in quotes, quotes after an opening
-        text = unquote(re.sub(CLOSING, "", text).strip())
+        closing = re.search(CLOSING, mask_quotes(text))
+        text = unquote(text[: closing.start() if closing else None].strip())
         # what is quoted is copied from the image, asterisks and all
         parts = re.split(QUOTED, text)
         text = "".join(part if n % 2 else strip_markup(part) for n, part in enumerate(parts)).strip()
@@ -2290,75 +2309,103 @@ CANNOT = (
     r"|(?:am|are) (?:not able|unable))"
 )
 HELP = (
-    "assist|help|process|describe|identify|comply|fulfil|provide|generate|caption|complete|discuss|determine"
-    "|recogni[sz]e"
+    "(?:assist|help(?: you)?(?: with|[.,!]|$)|process|describe|identify|comply|fulfil|provide|generate|caption|complete"
+    "|discuss|determine|recogni[sz]e)"
 )
 THE_IMAGE = (
-    r"(?:(?:the|this|that|your|any|an?) )?(?:\w+ )?"
-    r"(?:image|photo|picture|file|attachment|link|details|information|context)"
+    r"(?:the|this|that|your|any|an?|more|further) (?:\w+ )?"
+    r"(?:image|photo|picture|attachment|link|details|information|context)"
 )
 POLITELY = (
     r"(?:(?:unfortunately|apologies|sorry|regrettably|thank you for [^,.]{0,40}"
-    r"|i (?:appreciate|understand|aim)[^.]{0,80}?)"
+    r"|i (?:appreciate|understand|aim)[^.]{0,80}?|(?:for|due to) (?:safety|privacy|policy|legal)[^,.]{0,40}"
+    r"|(?:hi|hello|hey|hmm))"
     r"[,.!]? (?:but )?)?"
 )
 REFUSALS = (
-    rf"{POLITELY}(?:i|I) {CANNOT}\b(?! (?:believe|wait|stop|live|breathe|even)\b)",
-    rf"{POLITELY}we {CANNOT} (?:to )?(?:{HELP}|(?:see|view|open) {THE_IMAGE})",
-    rf"{POLITELY}(?:i|I|we)(?:['’](?:m|re)| am| are) (?:unable|not (?:able|allowed|comfortable|going))\b",
-    rf"{POLITELY}(?:i|I) (?:apologi[sz]e|do not|don['’]t|(?:have|need) to (?:decline|pass))\b|sorry[.!]?$",
-    r"(?:i|I)(?:['’]d| would) rather not\b|i (?:regret|am programmed|was designed)\b|(?:i['’]m |i am )?not able to\b",
-    rf"sorry,? (?:but )?{THE_IMAGE}|(?:cannot|can['’]t|could not) (?:{HELP})|let['’]s keep (?:our|this|the)\b",
-    r".{0,80}\b(?:isn['’]t|is not) something (?:that )?I(?: can|['’]m| am)\b|it(?:['’]s| is) against my\b",
-    r"(?:i|we)(?:['’](?:m|re)| am| are) (?:\w+ )?(?:sorry|afraid)(?=[,.!;:]|$| (?:but|i|I|that|about|for|to|we)\b)",
+    rf"{POLITELY}(?:i|I) (?:currently )?{CANNOT}\b(?! (?:believe|wait|stop|live|breathe|even|help but)\b)",
+    rf"{POLITELY}we {CANNOT} (?:to )?(?:{HELP}|(?:see|view|open) {THE_IMAGE})|(?:while|although) [iI] {CANNOT} {HELP}",
+    rf"{POLITELY}(?:i|I|we)(?:['’](?:m|re)| am| are) (?:currently )?"
+    r"(?:unable|not (?:able|allowed|comfortable|going))\b",
+    rf"{POLITELY}(?:i|I) (?:apologi[sz]e|do not|don['’]t|(?:have|need) to (?:\w+ )?(?:decline|pass))\b|sorry[.!]?$",
+    r"(?:i|I)(?:['’]d| would) (?:rather|prefer) not\b|i (?:regret|am programmed|was designed)\b",
+    rf"not able to {HELP}|sorry,? (?:but )?{THE_IMAGE}|(?:cannot|can['’]t|could not) {HELP}",
+    r".{0,80}\b(?:isn['’]t|is not) something (?:that )?I(?: can|['’]m| am)\b|let['’]s keep our conversation\b",
+    r"it(?:['’]s| is) against my (?:guidelines|polic|programming|rules|principles)",
+    r"(?:i|we)(?:['’](?:m|re)| am| are) (?:\w+ )?(?:sorry|afraid)"
+    r"(?=[,.!;:]|$| (?:but|i|I|that|about|for (?:any|the)|we)\b)",
     r"i['’](?:d be happy to|ll have to (?:decline|pass))\b|i['’]m (?:just )?an? (?:\w+ )?(?:AI|model|assistant)\b",
-    r"my (?:apologies|guidelines|policy|policies)\b",
-    r"as an? (?:\w+ ){0,2}(?:ai|AI|(?:language|vision) model)\b[^.]{0,80}?\b(?:I|my)\b",
-    rf"unable to (?:{HELP})|(?:your )?request (?:was )?(?:rejected|blocked|refused|denied)|content (?:removed|policy)",
-    r"this (?:image|content|request) (?:may )?(?:violates?|goes against|contains explicit|cannot|can['’]t|could not)\b",
-    rf"hello! [hH]ow can [iI]|(?:could you )?(?:please|kindly) (?:provide|upload|attach|share) {THE_IMAGE}",
-    r"you have(?:n['’]t| not) (?:provided|attached|uploaded)",
-    r"(?:there (?:is|was) )?no image (?:was |is |has been )?(?:provided|attached|uploaded|detected|found)",
+    r"my (?:guidelines|policy|policies)\b|my apologies(?=[,.!]|$| but\b| for\b)",
+    r"as an? (?:[\w-]+ ){0,2}(?:ai|AI|artificial intelligence|(?:language|vision) model)\b[^.]{0,80}?\b(?:I|my)\b",
+    rf"unable to (?:(?:assist|comply|help)\b|{HELP} (?:the|this|that|your|any|it)\b)",
+    r"content (?:removed|policy violation)",
+    r"(?:your )?request (?:was )?(?:rejected|blocked|refused|denied)(?=[.!]|$| (?:by|due|as|because)\b)",
+    r"(?:the|this) (?:image |content |request )?(?:may )?(?:violates?|goes against|contains explicit)\b",
+    r"this (?:image|content|request) (?:cannot|can['’]t|could not)\b|hello! [hH]ow can [iI]",
+    rf"(?:(?:could|can) you )?(?:please|kindly) (?:provide|upload|attach|share) {THE_IMAGE}",
+    r"you have(?:n['’]t| not) (?:provided|attached|uploaded)|it seems you forgot to\b",
+    r"(?:there (?:is|was|seems to be) )?no image (?:was |is |has been )?(?:provided|attached|uploaded|detected|found"
+    r"|available)(?=[.!]|$| (?:in|to|with|for|yet|here)\b)|image not found[.!]?$|the image failed to load",
     r"(?:the image|it) (?:could not|couldn['’]t|cannot|can['’]t) be (?:loaded|processed|displayed|viewed)",
     r"there (?:does not|doesn['’]t) (?:appear|seem) to be an(?:y)? image",
-    r"it (?:seems|looks like|appears)\b.{0,40}\b(?:no image|image (?:was|is|did) ?n)",
-    r"(?:es )?tut mir (?:sehr )?leid\b|ich kann (?!dich)\b.{0,60}\bnicht\b|leider (?:kann|darf) ich\b|entschuldigung,",
-    r"(?:je suis )?(?:vraiment )?désolée?(?=[.!]|,? (?:mais|je)\b)|je ne (?:peux|suis|puis)\b|je regrette\b",
-    r"malheureusement,? je\b|il m['’]est impossible\b|impossible de (?:décrire|traiter)\b",
-    r"lo (?:siento|lamento)\b|no puedo\b|lamentablemente,? no\b|no es posible (?:describir|procesar)\b",
-    r"sinto muito\b|desculpe\b|lamento,? mas\b|(?:infelizmente,? )?não (?:posso|consigo)\b",
-    r"mi (?:dispiace|scuso)\b|(?:purtroppo,? )?non (?:posso|sono in grado)\b",
-    r"het spijt me\b|(?:sorry,? )?ik kan\b.{0,60}\bniet\b",
-    r"przykro mi\b|przepraszam\b|(?:niestety,? )?nie mogę\b|üzgünüm\b|maalesef\b",
-    r"к сожалению\b|извините\b|простите\b|мне (?:очень )?жаль(?=[,.!]? но\b|[.!]|, что\b)|я не могу\b",
-    r"(?:很|非常|十分)?(?:抱歉|对不起|對不起)|我?(?:无法|無法)(?:识别|描述|处理|處理|提供|協助|协助)|我(?:无法|無法|不能|没办法)",
-    r"作为一?个?.{0,6}(?:AI|模型|助手)",
-    r"عذر(?!اء)|آسف|لا (?:أستطيع|يمكنني)|क्षमा करें|माफ़|मुझे खेद|xin lỗi|tôi không thể|ขออภัย|ขอโทษ",
-    r"maaf,|saya tidak (?:bisa|dapat)\b",
-    r"omlouvám se|je mi líto|nemohu\b|(?:jag är )?ledsen,? men\b|tyvärr\b|jag kan inte\b",
-    r"申し訳|すみません|ごめんなさい|.{0,30}(?:お手伝い|対応|説明|お答え)(?:すること)?(?:は|が)?(?:できません|いたしかねます)",
-    r"죄송|미안하지만|미안합니다|.{0,30}(?:도와드릴|설명할|처리할) 수 없",
+    r"(?:hi|hello|hey)?[!,.]? ?[iI]t (?:seems|looks like|appears)\b"
+    r".{0,40}\b(?:no image|image (?:was|is|did)(?:n['’]t| not))",
+    r"(?:es )?tut (?:mir|uns) (?:sehr )?leid\b|(?:ich kann|(?:das|dieses bild) kann ich) (?!dich)\b.{0,60}\bnicht\b",
+    r"leider (?:kann|darf) ich\b|entschuldigung, (?:aber|ich|das|dies)\b|ich bin nicht in der lage\b|als (?:ki|KI)\b",
+    r"(?:je suis )?(?:vraiment )?désolée?(?=[.!]|,? (?:mais|je)\b)|je ne (?:peux|puis|vois) pas|je regrette\b",
+    r"je ne suis pas (?:en mesure|capable)|en tant qu['’](?:ia|IA|modèle)\b|malheureusement,? je\b",
+    r"il m['’]est impossible\b",
+    r"impossible de (?:décrire|traiter)\b|je n['’]ai pas la possibilité\b",
+    r"lo (?:siento|lamento)\b|no puedo (?:ayudar|describ|identific|proces|hacer|ver|proporcion|cumpl|asist|respond)",
+    r"lamentablemente,? no\b|no es posible (?:describir|procesar)\b|como modelo de lenguaje\b",
+    r"disculpa[,.]? (?:pero|no)\b",
+    r"sinto muito\b|desculp[ae],? (?:mas|não)\b|lamento,? mas\b|(?:infelizmente,? )?não (?:posso|consigo)\b",
+    r"mi (?:dispiace|spiace|scuso)\b|(?:purtroppo,? )?non (?:posso|sono in grado)\b",
+    r"het spijt me\b|(?:sorry,? (?:maar )?)?ik kan\b.{0,60}\bniet\b",
+    r"przykro mi\b|przepraszam\b|(?:niestety,? )?nie (?:mogę|jestem w stanie)\b|üzgünüm\b|maalesef\b|özür dilerim\b",
+    r"к сожалению\b|(?:извините|простите)(?=[,.!]| но\b)|мне (?:очень )?жаль(?=[,.!]? но\b|[.!]|, что\b)",
+    r"(?:как языковая модель, )?(?:я )?не могу (?:опис|помо|обраб|опред|распозн|выполн|помог)|на жаль\b",
+    r"(?:很|非常|十分)?(?:抱歉|对不起|對不起)(?=[，,。！! ]|我|但|$)|很遗憾，|不好意思，我|您好，我(?:无法|不能)",
+    r"(?:我|这张图片我)(?:无法|無法|不能|没办法)",
+    r"(?:无法|無法)(?:识别|描述|处理|處理|提供|協助|协助)(?:该|此|这|這|图|圖|您|你|任何)",
+    r"作为.{0,4}(?:AI|人工智能|语言模型|大模型)[^。]{0,12}我|请(?:上传|提供)",
+    r"(?:أ?عتذر|عذر(?:ا|ًا|اً)(?!ء))|آسف|للأسف|لا (?:أستطيع|يمكنني)|क्षमा करें|माफ़|मुझे खेद",
+    r"xin lỗi,|rất tiếc,|tôi không thể|(?:ขออภัย|ขอโทษ)(?=ค|ครับ| |$)|(?:mohon )?maaf,|saya tidak (?:bisa|dapat)\b",
+    r"omlouvám se|je mi líto|nemohu\b|(?:jag är )?ledsen,? men\b|tyvärr\b|jag kan inte\b|förlåt,|beklager,|undskyld,",
+    r"anteeksi,|sajnálom,|îmi pare rău|λυπάμαι|סליחה,|ببخشید",
+    r"申し訳(?:ありません|ございません)|すみません(?=[、。が,]|$)|ごめんなさい(?=[、。,]|$)",
+    r"画像が(?:添付|表示)されてい?ません",
+    r".{0,30}(?:お手伝い|対応|説明|お答え)(?:すること)?(?:は|が)?(?:できません|いたしかねます)",
+    r"죄송(?:하지만|합니다[.,]|해요)|미안하지만|미안합니다[.,]",
+    r".{0,30}(?:도와드릴|설명할|처리할|볼|드릴) 수 없(?:습니다|어요)",
 )
 REFUSAL = "|".join(f"(?:{pattern})" for pattern in REFUSALS)
 REFUSED_LATER = (  # after some words of a caption
-    r"(?<=[.!?] )(?:(?:However|Unfortunately), )?(?:(?:I['’]m|I am) sorry,? (?:but )?I\b|I apologi[sz]e\b"
-    rf"|Sorry, (?:but )?I\b|(?:I can(?:not|['’]?t)|I(?: am|['’]m) (?:not able|unable) to) (?:{HELP})|As an AI\b)"
+    r"(?<=[.!?] )(?:(?:However|Unfortunately|Note:) ?,? ?)?(?:(?:(?:I['’]m|I am) sorry|Sorry),? (?:but )?I"
+    r"(?: can(?:not|['’]?t)\b|(?: am|['’]m) (?:unable|not))|I apologi[sz]e\b"
+    rf"|(?:I can(?:not|['’]?t)|I(?: am|['’]m) (?:not able|unable) to) {HELP}|As an AI\b)"
 )
 ERROR_TEXT = (
     r"(?i)\W*(?:(?:(?-i:[\w.]*Error)|error|exception)(?: code)?(?: \d+)?\s*[:\]]|(?-i:[\w.]+(?:Error|Exception))\("
-    r"|traceback \(|an? (?:\w+ )?error (?:has )?occurred"
+    r"|traceback \(|(?:there was )?an? (?:\w+ )?error (?:has )?occurred|there was an error\b"
     r"|(?:http )?(?:\d{3} )?(?:internal server error|bad gateway|service unavailable|gateway time-?out)"
+    r"|[45]\d\d (?:not found|forbidden|bad request|unauthorized|request entity)|invalid api key|insufficient balance"
     r"|error (?:processing|generating|loading) |cuda (?:error|out of memory)|(?:failed|unable) to (?:load|process) "
     r"|request (?:timed out|failed)|connection (?:error|refused|reset|timed out)|out of memory|status code:? \d{3}"
-    r"|oops\b.{0,20}went wrong|upstream connect error|\[object object\]|<class |too many requests"
+    r"|(?:oops\b.{0,20})?(?:something )?went wrong|upstream (?:connect error|request timeout)|no healthy upstream"
+    r"|(?:network|server) error\b|fetch failed|\[object object\]|<class |['\"]?nonetype|too many requests"
+    r"|the model is (?:currently )?overloaded|you exceeded your current quota|please enable javascript"
     r"|(?:api )?(?:rate limit|quota) (?:exceeded|reached)|lorem ipsum)|\{\s*[\"']"
+)
+PICTURED = (
+    r"(?i)\b(?:on|in|above|under|behind|next to) (?:an?|one|the (?:middle|display|screen))\b"  # a photo of an error
 )
 WEB_PAGE = (
     r"(?is)(?:<!--.*?-->\s*)?(?:<(?:!doctype|title|center|h1|\?xml)\b|<(?:html|head|body)\b[^>]*>(?=\s*$|.*</?\w))"
 )
 NOTHING = {
     "null", "none", "n/a", "undefined", "nan", "todo", "tbd", "placeholder", "untitled", "caption here",
-    "your caption here", "insert caption here", "no caption", "no description available",
+    "your caption here", "insert caption here", "no caption", "no description available", "image", "{{caption}}",
 }  # fmt: skip
 CUT_OFF = r"(?i)length|max_?tokens"  # model_length is Mistral's
 FILTERED = r"(?i)content_?filter|safety|prohibited|recitation|blocklist"
@@ -2377,7 +2424,7 @@ def is_looping(text: str) -> bool:
         tail = words[-length:]
         if len(tail) == length and tail == tail[:size] * (length // size):
             return True
-    return bool(re.search(r"(\S{1,20}?)\1{29,}\W*$", text[-700:]))  # scripts without spaces
+    return bool(re.search(r"([^\W_]\S{0,19}?)\1{29,}\W*$", text[-700:]))  # scripts without spaces
 
 
 def judge_reply(reply: Reply, *, tags: bool = False) -> str:
@@ -2397,7 +2444,7 @@ def judge_reply(reply: Reply, *, tags: bool = False) -> str:
         raise CutOff("cut off", "")
     if re.search(BROKEN_OFF, reply.finish_reason):
         raise TryAgain(BROKEN, f"the server broke off ({shorten(reply.finish_reason, 40)})")
-    if re.match(WEB_PAGE, text) or re.match(ERROR_TEXT, text):
+    if re.match(WEB_PAGE, text) or (re.match(ERROR_TEXT, text) and not re.search(PICTURED, text)):
         raise FailImage("error text", f"{shorten(text, 120)}; look at the server", by_server=True)
     if re.match(THOUGHTS, text) or re.search(THINKING, unquoted):
         raise FailImage("reasoning only", "set GETCAP_REASONING_EFFORT=none, or take another model")
@@ -2720,7 +2767,7 @@ ORDINARY = (
 
 def split_text(text: str, end: str) -> list[str]:
     """Return the pieces of a text, each with the end that a pattern finds; what is quoted is never split."""
-    masked = re.sub(QUOTED, lambda match: "x" * len(match[0]), text)
+    masked = mask_quotes(text)
     ends = [0, *(match.end() for match in re.finditer(end, masked)), len(text)]
     return [text[a:b] for a, b in itertools.pairwise(ends) if a < b]
 
@@ -4303,18 +4350,27 @@ TOKEN_LIMITS_OF_MODELS = (  # by a job file's arch or name_or_path; CLIP's 77 in
     (r"(?i)ltx", 1024),
     (r"(?i)flux|flex|wan|chroma|kontext|anima|krea|qwen", 512),
 )
-PICTURE = r"(?:image|photo(?:graph)?|picture|illustration|drawing|painting|scene|screenshot)"
+PICTURE = r"(?:image|photo(?:graph)?|picture|illustration|drawing|painting|screenshot)"
 ABOUT_IMAGE = (
-    rf"(?i)(?:this|the) (?:\w+ ){{0,2}}{PICTURE}(?: (?:you (?:sent|shared|provided|uploaded)|provided|above|below))?"
-    r"(?: (?:appears to|seems to))? (?:shows?|depicts?|features?|captures?|presents?|displays?|portrays?|is of)\b"
-    rf"|in (?:this|the) {PICTURE}(?:,| (?:we|you|there)\b)|(?:we|you) (?:can )?see\b|(?:title|image|photo)\s*:"
-    rf"|(?:(?:this|it|here) is )?an image of\b|(?:this|it|here) is (?:an?|the) {PICTURE} (?:of|showing)\b|arafe?d?\b"
+    rf"(?i)(?:this|the) (?:\w+ ){{0,2}}{PICTURE}"
+    r"(?: (?:(?:you )?(?:sent|shared|provided|uploaded)|you['’]ve \w+|above|below))?(?: (?:appears to|seems to))?"
+    r" (?:shows?|depicts?|features?|captures?|presents?|displays?|portrays?|contains?"
+    r"|is (?:of|an? (?:photo|image|picture)))\b"
+    r"|the scene (?:shows|depicts)\b|(?:in|based on) (?:this|the) (?:image|photo|picture)(?:,| (?:we|you|there)\b)"
+    rf"|(?:we|you|i) (?:can )?see\b|(?:title|image|photo)\s*:"
+    rf"|(?:this|it|here) (?:is|appears to be) (?:an?|the) {PICTURE}"
+    r" (?:of|showing)\b|an image of\b|looking at (?:this|the) (?:image|photo|picture)|arafe?d?\b"
+    r"|(?:das|dieses) (?:bild|foto) zeigt|auf (?:dem|diesem) (?:bild|foto)\b|l['’]image (?:montre|représente)"
+    r"|(?:sur|dans) (?:cette|l['’]) ?image\b|la imagen muestra|en (?:la|esta) imagen\b|a imagem mostra"
+    r"|l['’]immagine mostra"
+    r"|на (?:изображении|фото)\b|(?:这张|该|此)?(?:图片|图像|照片)(?:展示|显示|中|描绘)|以下是|この画像"
+    r"|이 (?:이미지|사진)"
 )
 DANGLING = (  # nothing ends with these
-    r"\b(?:a|the|of|with|and|or|from|her|his|its|their|while|because|which|that|whose|who|under|between|into|onto"
-    r"|holding|wearing|is|are)$"
+    r"\b(?:a|the|of|with|and|or|from|her|his|its|their|while|because|which|that|whose|under|between|into|onto)$"
 )
-NEVER_CLOSED = r"(?<![:;=])\([^)]*$|(?<!\d)\"[^\"]*$|“[^”]*$|「[^」]*$"
+NEVER_CLOSED = rf"(?<![:;='’-])\([^)]*$|(?<!{INCH})\"[^\"]*$|“[^”]*$|「[^」]*$"
+FRAGMENTS = 3  # that a list has: photographers' words at the end of a prompt are no sentence
 LONG_ENOUGH = 33  # tokens
 LOST = r"\ufffd|(?<![\w/?=&.])[A-Za-z]{1,20}\?[a-z]{1,20}(?![\w=/])"  # not watch?v=
 BREAKS_LINES = (
@@ -4324,6 +4380,8 @@ SCRIPTS = {  # the first words of characters' names, by what they are used with
     **dict.fromkeys(("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "HALFWIDTH"), "CJK"),
     **dict.fromkeys(("FULLWIDTH", "MASCULINE", "FEMININE", "MODIFIER"), "LATIN"),
 }
+# of another script, how many letters are a name, a sign or a formula; Cyrillic ones look like Latin ones, and are none
+FEW_LETTERS = {"CJK": 1, "CYRILLIC": 0, "HANGUL": 4, "ARABIC": 4, "HEBREW": 4, "THAI": 4, "DEVANAGARI": 4, "GREEK": 4}
 LONGEST_PHRASE = 5  # words
 FEW_PHRASES = 10  # that are printed
 TAUGHT = 0.8  # of the captions: a fragment in as many is what the set teaches, whether meant or not
@@ -4343,6 +4401,7 @@ class Sample:
     caption: str = ""
     text: str = ""
     findings: list[Finding] = field(default_factory=list)
+    is_file: bool = False  # whether there is an image to be shown: a browser would wait for a pipe
     made: Entry | None = None  # what the journal knows of it
     edited: bool = False  # since it was made
 
@@ -4396,7 +4455,9 @@ def is_cut_off(text: str) -> bool:
     if re.search(DANGLING, text) or re.search(NEVER_CLOSED, re.sub(QUOTED, "", text)):
         return True
     # people leave out the last stop of a short caption; a model does not, unless it was stopped
-    is_long = caption_tokens(text) >= LONG_ENOUGH and len(split_text(text, SENTENCE_END)) > 1
+    sentences = split_text(text, SENTENCE_END)
+    is_list = len(split_text(sentences[-1], CLAUSE_END)) >= FRAGMENTS if sentences else False
+    is_long = caption_tokens(text) >= LONG_ENOUGH and len(sentences) > 1 and not is_list
     return is_long and bool(re.search(r"[^\W\d],?$", text))
 
 
@@ -4472,9 +4533,8 @@ def judge_set(samples: Sequence[Sample]) -> None:
     scripts = [find_scripts(sample.text) for sample in captioned]
     usual = Counter(max(found, key=found.__getitem__) for found in scripts).most_common(1)
     for sample, found in zip(captioned, scripts, strict=True):
-        few = {name: name != "CYRILLIC" for name in found}  # its letters look like Latin ones, and are none
-        others = [name for name, n in found.items() if n > few[name] and name not in {usual[0][0], "LATIN"}]
-        if others or not found[usual[0][0]]:
+        others = [name for name, n in found.items() if n > FEW_LETTERS.get(name, n) and name != usual[0][0]]
+        if found.total() and (others or not found[usual[0][0]]):
             sample.find("wrong script", ", ".join(others).lower() or "latin")
     names: dict[tuple[str, str], str] = {}
     for sample in filter(lambda sample: sample.image, samples):
@@ -4710,7 +4770,7 @@ def build_rows(samples: Sequence[Sample], kinds: Sequence[str], page_dir: str) -
     return [
         {
             # percent-encoded, whatever bytes a name has
-            "href": "./" + quote(os.fsencode(find_relative(sample.image, page_dir))) if sample.image else "",
+            "href": "./" + quote(os.fsencode(find_relative(sample.image, page_dir))) if sample.is_file else "",
             "name": printable(find_relative(sample.image or sample.caption, page_dir)),
             "text": sample.text,
             "words": count_words(sample.text),
@@ -5996,8 +6056,8 @@ def run_undo(settings: Settings) -> int:
     return code
 
 
-def open_page(target: str) -> str:
-    """Return the path of the page to be written; raises SettingsError for one that is somebody else's."""
+def check_page(target: str) -> None:
+    """Raise SettingsError for a page that cannot be written, or is somebody else's."""
     shown = f"--review: {printable(target)}"
     try:
         if os.path.lexists(target):
@@ -6010,7 +6070,6 @@ def open_page(target: str) -> str:
             raise SettingsError(f"{shown}: cannot be written there; name a file in a folder that exists")
     except OSError as error:
         raise SettingsError(f"{shown}: cannot be written: {error.strerror}") from None
-    return target
 
 
 def has_end(file: IO[bytes], mark: bytes) -> bool:
@@ -6093,12 +6152,15 @@ def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe, journal
             case Job(path, caption):
                 sample = Sample(path)
                 sample.find("blank caption" if os.path.lexists(caption) else "no caption")
-        if os.path.isfile(sample.image):
+        sample.is_file = os.path.isfile(sample.image)
+        if sample.is_file:
             look_at_image(sample)
         samples.append(sample)
         by_stem[real_stem(os.path.join(root, os.path.relpath(sample.image, image_dir)))] = sample
-    for _, path in walk_texts([str(image_dir)], OTHER_IMAGES):
-        samples.append(Sample(path, findings=[Finding("format not read", path, os.path.splitext(path)[1])]))
+    others = (path for _, path in walk_texts([str(image_dir)], OTHER_IMAGES) if path.lower().endswith(OTHER_IMAGES))
+    for path in others:  # else it is a folder that cannot be read
+        finding = Finding("format not read", path, os.path.splitext(path)[1])
+        samples.append(Sample(path, findings=[finding], is_file=os.path.isfile(path)))
     for _, path in walk_texts([root], (dot_ext.lower(), *CAPTION_SUFFIXES)):
         stem, ext = os.path.splitext(path)
         beside = by_stem.get(real_stem(path))
@@ -6113,12 +6175,27 @@ def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe, journal
     return samples
 
 
+def write_page(
+    page: str, root: str, samples: Sequence[Sample], recipe: Recipe, phrases: Sequence[tuple[str, float]]
+) -> OSError | None:
+    """Write the page of a set; returns why that was not possible."""
+    title = os.path.basename(os.path.abspath(root))
+    text = build_page(title, samples, recipe.findings, phrases, os.path.dirname(page))
+    try:
+        write_whole(os.path.realpath(page), lambda file: file.write(text.encode()))
+    except OSError as error:
+        return error
+    return None
+
+
 def run_review(settings: Settings) -> int:
     """Print what is wrong with a set of images and captions, write the page, and return the exit code."""
     image_dir = check_folders(settings)
     root = str(settings.caption_dir or image_dir)
     check_folder("caption_dir" if settings.caption_dir else "image_dir", Path(root))
-    page = open_page(os.path.join(root, "review.html") if settings.review is True else str(settings.review))
+    page = os.path.join(root, "review.html") if settings.review is True else str(settings.review)
+    if not settings.dry_run:
+        check_page(page)
     recipe = read_recipe(settings, os.environ)
     for remark in recipe.remarks:
         log.warning("%s", remark)
@@ -6131,18 +6208,14 @@ def run_review(settings: Settings) -> int:
         phrases = find_phrases([re.sub(mention, "", sample.text) for sample in samples if sample.text])
         if stream:
             stream.writelines(json.dumps({"outcome": "finding", **dataclasses.asdict(f)}) + "\n" for f in findings)
-    page_text = build_page(
-        os.path.basename(os.path.abspath(root)), samples, recipe.findings, phrases, os.path.dirname(page)
-    )
-    if settings.report != "-":
-        print("\n".join([*describe_findings(findings), *describe_set(samples, phrases)]))
-    if not settings.dry_run:
-        try:
-            write_whole(os.path.realpath(page), lambda file: file.write(page_text.encode()))
-        except OSError as error:
-            raise SettingsError(f"--review: {printable(page)}: cannot be written: {error.strerror}") from None
-    if settings.report != "-":
-        print(f"Findings {len(findings):,}" + ("" if settings.dry_run else f"; all is shown in {printable(page)}"))
+    failure = write_page(page, root, samples, recipe, phrases) if not settings.dry_run else None
+    with contextlib.suppress(BrokenPipeError):  # whoever read enough (`| head`) has changed nothing of what is wrong
+        if settings.report != "-":
+            print("\n".join([*describe_findings(findings), *describe_set(samples, phrases)]))
+            print(f"Findings {len(findings):,}" + ("" if settings.dry_run else f"; all is shown in {printable(page)}"))
+            sys.stdout.flush()
+    if failure:
+        raise SettingsError(f"--review: {printable(page)}: cannot be written: {failure.strerror}")
     return int(bool(findings))
 
 

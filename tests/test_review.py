@@ -43,6 +43,14 @@ HEALTHY = [
     "ohwx, This photo booth shows signs of age.",
     "“ohwx” is written on a wall behind ohwx.",
     "ohwxの猫が座っている。",
+    'ohwx, a 12" vinyl record titled "Blue Train" against a crate.',
+    'ohwx, a 3½" floppy disk on a keyboard.',
+    "ohwx, a smiling boy showing the big fish he is holding",
+    "ohwx, a chart that shows how tall the buildings are",
+    "ohwx, a sad cat :-( on a wall",
+    'ohwx, ein Schild: „Kein Eintritt" hängt an der Tür.',
+    "ohwx can't help but smile at the camera.",
+    "ohwx man standing in a kitchen. He wears a blue apron. Warm morning light from the left, candid photo, 35mm, natural skin texture",
     "ohwx, คน\u200bเดิน\u200bใน\u200bสวน",
 ]
 WORDS = [  # a caption, the kinds that are found in it
@@ -82,7 +90,12 @@ WORDS = [  # a caption, the kinds that are found in it
     ("ohwx, <p>A man in a park.</p>", ["markup"]),
     ("ohwx, a man\u00ad in\u202e a park.", ["invisible characters"]),
     ("ohwx, a man in a park while", ["cut off"]),
-    ("ohwx, a man who is holding", ["cut off"]),
+    ("ohwx, a man who looks at his", ["cut off"]),
+    ("ohwx, I can see a man in a park.", ["opening"]),
+    ("ohwx, The image contains a man.", ["opening"]),
+    ("ohwx, This appears to be a photo of a man.", ["opening"]),
+    ("ohwx, Das Bild zeigt einen Mann.", ["opening"]),
+    ("ohwx, 这张图片展示了一个男人。", ["opening"]),
     ('ohwx, a sign that reads "OPEN', ["cut off"]),
     ("ohwx, a man in a park (with a dog", ["cut off"]),
     ("ohwx, 男の人が公園に立っている。彼は赤いコートを着ていて、手に大きな傘を持っている。背景には古い", ["cut off"]),
@@ -178,6 +191,11 @@ def test_captions_alike_are_found_but_for_the_first() -> None:
         ("\u0410 man in a park", ["wrong script"]),
         ("A man holds a sign that reads “猫と犬”.", []),
         ("A café in Zürich, 5 µm", []),
+        ("An equation with α and β on a board, 10 Ω", []),
+        ("A street sign reads '渋谷駅' in white.", []),
+        ("A mosque wall with the word الله in gold", []),
+        ("1, 2, 3", []),
+        ("A 女孩 in a park", ["wrong script"]),
     ],
 )
 def test_another_script_than_in_the_rest_is_found(odd: str, expected: list[str]) -> None:
@@ -311,6 +329,16 @@ def test_an_empty_page_is_filled(tool: Tool, make_image: ImageMaker) -> None:
     (tool.folder / "page.html").touch()
     review(tool, "--review", "page.html")
     assert "a.jpg" in (tool.folder / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("faulty")
+def test_a_reader_that_has_seen_enough_changes_neither_code_nor_page(tool: Tool) -> None:
+    command = [sys.executable, str(TOOL), "--review", "--image-dir", "images"]
+    process = subprocess.Popen(command, cwd=tool.folder, env=tool.environment, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert (tool.folder / "images" / "review.html").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of a process")
