@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed and memory of gen-captions.py, each figure beside an ideal or a baseline of the same run.
 
-    python benchmarks/bench.py [throughput] [photos] [done] [help] [fix] [pace]
+    python benchmarks/bench.py [throughput] [photos] [export] [done] [help] [fix] [pace]
 
 Linux only (it reads the kernel's account of each finished process). The server is tests/vision_server.py on the same
 processors, so ratios count, not absolute figures.
@@ -237,6 +237,37 @@ def photos_of(folder: Path, size: tuple[int, int]) -> dict[str, Any]:
     }
 
 
+def export(folder: Path) -> dict[str, Any]:
+    """--batch-export: 200 photos beside Pillow alone, median of 3; memory with 100 and with 10,000 small images."""
+    photo = jpeg((4032, 3024), 80)
+    images, one = fill(folder / "images", 200, photo), fill(folder / "one", 1, photo)
+    shares, rates = [], []
+    command = [*TOOL, "--batch-export", str(folder / "out"), "--image-dir"]
+
+    def run(source: Path) -> Cost:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        cost = measure([*command, str(source)])
+        assert cost.exit_code == 0
+        return cost
+
+    start_up = run(one)
+    before = pillow_alone(one / "000000.jpg")
+    for _ in range(3):
+        rates.append(199 / (run(images).wall_s - start_up.wall_s))
+        after = pillow_alone(one / "000000.jpg")
+        shares.append(2 * rates[-1] / (before[0] + after[0]))
+        before = after
+    small = jpeg((512, 384), 78)
+    few, many = run(fill(folder / "few", 100, small)), run(fill(folder / "many", 10_000, small))
+    return {
+        "images/s": round(statistics.median(rates), 1),
+        "images/s / Pillow on all processors": round(statistics.median(shares), 2),
+        "small images/s": round(9900 / (many.wall_s - few.wall_s)),
+        "peak MiB of 10,000": round(many.peak_mib),
+        "peak MiB of 100": round(few.peak_mib),
+    }
+
+
 def done(folder: Path) -> dict[str, Any]:
     """100,000 images that all have captions, beside one scandir pass."""
     images = folder / "images"
@@ -341,8 +372,8 @@ def fix(folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Run the benchmarks named, or all, and print a line of JSON for each."""
-    names = sys.argv[1:] or ["throughput", "photos", "done", "help", "fix", "pace"]
-    for benchmark in (throughput, photos, done, help, fix, pace):
+    names = sys.argv[1:] or ["throughput", "photos", "export", "done", "help", "fix", "pace"]
+    for benchmark in (throughput, photos, export, done, help, fix, pace):
         if benchmark.__name__ in names:
             with tempfile.TemporaryDirectory() as folder:
                 print(json.dumps({"benchmark": benchmark.__name__, **benchmark(Path(folder))}), flush=True)
