@@ -3638,6 +3638,35 @@ def parse_result(line: bytes) -> tuple[str, Reply | ErrorReply] | None:
     return found["custom_id"], parse_error(0 if 200 <= status < 300 else status, json.dumps(said))
 
 
+@dataclass(frozen=True, slots=True)
+class BatchState:
+    """How a batch stands, whichever server says so."""
+
+    status: str
+    completed: int  # lines with an answer
+    done: int  # those and lines that failed
+    files: tuple[tuple[str, str], ...]  # kind and id of what came of it
+    errors: tuple[tuple[int, str], ...]  # line, 0 for all, and what is wrong with it
+
+
+def read_batch(body: Mapping[str, Any]) -> BatchState:
+    """Return how a batch stands. Source: https://platform.openai.com/docs/api-reference/batch/object."""
+    counts = body.get("request_counts")
+    counts = counts if isinstance(counts, dict) else {}
+    completed, failed = (read_count(counts.get(name)) or 0 for name in ("completed", "failed"))
+    errors = body.get("errors")
+    errors = errors.get("data") if isinstance(errors, dict) else errors
+    errors = errors if isinstance(errors, list) else [errors] if errors else []
+    said = []
+    for error in errors:
+        line = error.get("line") if isinstance(error, dict) else 0
+        code = f"{error.get('code') or 'error'}: " if isinstance(error, dict) else ""
+        said.append((line if isinstance(line, int) else 0, shorten(code + (error_text(error) or "no reason"), 200)))
+    files = (("output", body.get("output_file_id")), ("error", body.get("error_file_id")))
+    found = tuple((kind, file_id) for kind, file_id in files if isinstance(file_id, str) and file_id)
+    return BatchState(str(body.get("status")), completed, completed + failed, found, tuple(said))
+
+
 def is_not_reached(answer: Reply | ErrorReply | None) -> bool:
     """Return whether nobody looked at a line, so that it may be asked again."""
     return answer is None or (isinstance(answer, ErrorReply) and bool(re.match(NOT_REACHED, answer.code)))
@@ -4940,9 +4969,15 @@ class Answers:
         self._bill = bill
         self._tags = recipe.style == "tags"
         self._answers: dict[str, Reply | ErrorReply] = {}
+        self._billed: set[str] = set()  # lines of which one image has the cost
 
-    def put(self, path: str, answer: Reply | ErrorReply) -> None:
-        """Keep the answer for an image."""
+    def put(self, path: str, answer: Reply | ErrorReply, custom_id: str) -> None:
+        """Keep the answer for an image; several images may share a line, which costs once."""
+        if custom_id in self._billed:
+            answer = dataclasses.replace(answer, usage=Usage())
+        else:
+            self._bill.settle(0, answer)
+        self._billed.add(custom_id)
         self._answers[path] = answer
 
     async def ask(self, question: Question) -> str:
@@ -4952,7 +4987,7 @@ class Answers:
             raise FailImage("asked once", "a batch gives no second answer")
         question.attempts += 1
         question.usage += answer.usage
-        question.dollars += self._bill.settle(0, answer)
+        question.dollars += self._bill.dollars(answer.usage, "batch")
         if isinstance(answer, ErrorReply):
             error = judge_error(answer, datetime.now(UTC), first=False)
             raise error if isinstance(error, FailImage) else FailImage("rejected", str(error))
@@ -5009,7 +5044,7 @@ class Captioner:
         if outcome is None:
             return
         self._report.record(outcome)
-        if reason := self._report.same_failure:
+        if (reason := self._report.same_failure) and isinstance(self._asker, Asker):  # what is answered costs no more
             raise StopRun(
                 f"{MOST_FAILURES_IN_A_ROW} images in a row ended in {reason}; look at the server, then run again"
             )
@@ -5413,7 +5448,7 @@ async def import_results(
     jobs = {name: job for name, job in planned.items() if job in ready} if len(ready) < len(planned) else planned
     with end_on_signals(stop):
         before = report.recorded
-        missing = await collector.collect(results, rows, jobs)
+        _, missing = await collector.collect(results, rows, jobs)
         report.unanswered += missing
         if missing and stop.cause is None:
             log.warning("%d images of the manifest have no result in these files", missing)
@@ -5564,10 +5599,15 @@ class Batches:
 
         return await self._call("creating a batch", create)
 
-    async def retrieve(self, part: Part) -> Any:
-        """Return how a batch stands."""
+    async def retrieve(self, part: Part) -> dict[str, Any]:
+        """Return how a batch stands, in the server's words."""
+
+        async def retrieve() -> dict[str, Any]:
+            return (await self._client.batches.retrieve(part.batch_id)).to_dict()
+
         what = f"looking at batch {part.batch_id} (to give it up, delete {printable(part.path + STATE)})"
-        return await self._call(what, lambda: self._client.batches.retrieve(part.batch_id))
+        found: dict[str, Any] = await self._call(what, retrieve)
+        return found
 
     async def download(self, file_id: str, path: str) -> str:
         """Write a file of the server's to a path, and return that."""
@@ -5603,6 +5643,8 @@ class Batches:
             self._stop.check()
             try:
                 return await request()
+            except AttributeError as error:  # the SDK passes on whatever comes, a web page for an object too
+                raise TryAgain(BROKEN, "what came back is no such object") from error
             except Exception as error:
                 raise judge_error(describe_failure(error, self._settings), datetime.now(UTC), first=False) from error
 
@@ -5652,27 +5694,29 @@ class Collector:
         except OSError as error:
             return Failed(image, "unreadable caption", f"{printable(caption)}: {error.strerror}")
 
-    async def collect(self, files: Sequence[str], rows: Iterable[Row], jobs: Mapping[str, Job]) -> int:
-        """Write the captions that result files bring, in any order; returns how many images have no result.
+    async def collect(self, files: Sequence[str], rows: Iterable[Row], jobs: Mapping[str, Job]) -> tuple[int, int]:
+        """Write the captions that result files bring, in any order; where a line was answered twice, success counts.
 
-        Where a line was answered twice, what succeeded counts.
+        Returns how many lines have an answer, and how many images have no result.
         """
         waiting: dict[str, list[Row]] = {}
         for row in rows:
             waiting.setdefault(row.custom_id, []).append(row)
         failed: dict[str, ErrorReply] = {}
+        lines = len(waiting)
 
         async def handle(item: tuple[Row, Reply | ErrorReply]) -> None:
             row, answer = item
             if job := jobs.get(row.image):
-                self._answers.put(job.image, answer)
+                self._answers.put(job.image, answer, row.custom_id)
                 await self._captioner.record(job, self._captioner.take_answer(job, row))
 
         workers = self._settings.thread_pool
         await run_pool(self._read_answers(files, waiting, failed), handle, workers, self._stop)
         errors = ((row, failed[key]) for key, rows in waiting.items() if key in failed for row in rows)
         await run_pool(errors, handle, workers, self._stop)
-        return sum(row.image in jobs for key, rows in waiting.items() if key not in failed for row in rows)
+        missing = sum(row.image in jobs for key, rows in waiting.items() if key not in failed for row in rows)
+        return lines - len(waiting), missing
 
     def _read_answers(
         self, files: Sequence[str], waiting: dict[str, list[Row]], failed: dict[str, ErrorReply]
@@ -5777,9 +5821,8 @@ class BatchRun:
                     if time.monotonic() < part.try_at:
                         continue
                     await self._submit(part)
-                batch = await self._batches.retrieve(part)
-                counts = batch.request_counts
-                done[part.path] = (counts.completed + counts.failed) if counts else 0
+                batch = read_batch(await self._batches.retrieve(part))
+                done[part.path] = batch.done
                 if batch.status in ENDED and await self._finish(part, batch):
                     parts.remove(part)
                     done[part.path], pause_s = part.lines, FIRST_POLL_S
@@ -5793,29 +5836,33 @@ class BatchRun:
                 await self._stop.sleep(pause_s)
                 pause_s = min(LONGEST_POLL_S, 1.5 * pause_s)
 
-    async def _finish(self, part: Part, batch: Any) -> bool:
+    async def _finish(self, part: Part, batch: BatchState) -> bool:
         """Collect a batch that has come to its end; returns whether its part is done with."""
-        if batch.status == "failed":
-            return self._judge_failed(part, batch.errors.data or [] if batch.errors else [])
+        if batch.status == "failed" and not batch.files:
+            return self._judge_failed(part, batch.errors)
         files = []
-        for file_id, kind in ((batch.output_file_id, "output"), (batch.error_file_id, "error")):
-            if file_id:
-                files.append(await self._batches.download(file_id, f"{part.path}.{kind}{LINES}"))
+        for kind, file_id in batch.files:
+            files.append(await self._batches.download(file_id, f"{part.path}.{kind}{LINES}"))
         self._report.bill.held -= part.held
         rows = list(read_rows(part.path + ROWS))
-        missing = await self._collector.collect(files, rows, self._collector.plan(rows))
+        answered, missing = await self._collector.collect(files, rows, self._collector.plan(rows))
         self._stop.check()
+        if answered < min(batch.completed, part.lines) and batch.files:  # what is paid for is not thrown away
+            raise StopRun(
+                f"batch {part.batch_id}: {answered} of {batch.completed} answers can be read; the same command "
+                f"downloads them again (to give them up, delete {printable(part.path + STATE)})"
+            )
         self._report.unanswered += missing
         if missing:
-            log.warning("batch %s is %s: %d images have no result; run again", batch.id, batch.status, missing)
+            log.warning("batch %s is %s: %d images have no result; run again", part.batch_id, batch.status, missing)
         remove_part(part)
-        await self._batches.forget((part.input_file_id, batch.output_file_id, batch.error_file_id))
+        await self._batches.forget([part.input_file_id, *(file_id for _, file_id in batch.files)])
         return True
 
-    def _judge_failed(self, part: Part, errors: Sequence[Any]) -> bool:
+    def _judge_failed(self, part: Part, errors: Sequence[tuple[int, str]]) -> bool:
         """Decide about a batch that the server did not begin; nothing of it was paid for."""
-        said = "; ".join(shorten(f"{e.code or 'error'}: {e.message}", 200) for e in errors[:3]) or "no reason is given"
-        if any(re.search(NO_ROOM, f"{e.code} {e.message}") for e in errors):
+        said = "; ".join(error for _, error in errors[:3]) or "no reason is given"
+        if any(re.search(NO_ROOM, error) for _, error in errors):
             log.warning("batch %s: no room yet, tried again later: %s", part.batch_id, said)
             part.batch_id, part.try_at = "", time.monotonic() + NO_ROOM_S
             save_part(part)
@@ -5825,12 +5872,12 @@ class BatchRun:
         for row in rows:
             by_id.setdefault(row.custom_id, []).append(row)
         lines = list(by_id.values())
-        wrong = {e.line: e for e in errors if isinstance(e.line, int) and 0 < e.line <= len(lines)}
+        wrong = {number: error for number, error in errors if 0 < number <= len(lines)}
         for number, error in wrong.items():
             for row in lines[number - 1]:
                 image = os.path.join(self._image_dir, *row.image.split("/"))
-                detail = f"line {number} of its batch: {error.message or error.code}; mend it or take it out"
-                self._report.record(Failed(image, "rejected", shorten(detail), by_server=True))
+                detail = f"line {number} of its batch: {error}; mend it or take it out"
+                self._report.record(Failed(image, "rejected", detail))
         remove_part(part)
         if not wrong:
             raise StopRun(f"the server rejects the batch: {said}")

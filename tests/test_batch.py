@@ -175,7 +175,7 @@ def test_a_line_that_fails_validation_is_named_by_its_image(tool: Tool, server: 
     error = {"code": "invalid_image", "message": "cannot be read", "line": 2, "param": None}
     server.script(batch={"errors": [error]})
     done = tool("--image-dir", "images", "--batch", code=1)
-    assert "rejected: line 2 of its batch: cannot be read" in done.stderr
+    assert "rejected: line 2 of its batch: invalid_image: cannot be read" in done.stderr
     assert "failed 1 (rejected 1), left for the next run 6" in done.stderr
     server.batch()
     tool("--image-dir", "images", "--batch")
@@ -224,6 +224,52 @@ def test_parts_without_room_are_submitted_when_others_are_done(tool: Tool, serve
     assert process.returncode == 0, err
     assert "no room yet, tried again later: token_limit_exceeded" in err
     assert len(captions(tool.folder / "images")) == 8
+
+
+DAMAGED = [b"", b"<html>no</html>", b'{"custom_id": "gc-']
+
+
+@pytest.mark.parametrize("output", DAMAGED)
+@pytest.mark.usefixtures("images")
+def test_answers_that_cannot_be_read_are_not_thrown_away(tool: Tool, server: Server, output: bytes) -> None:
+    server.script(batch={"output": output.decode()})
+    err = tool("--image-dir", "images", "--batch", code=3).stderr
+    assert "0 of 7 answers can be read; the same command downloads them again" in err
+    server.batch()
+    tool("--image-dir", "images", "--batch")
+    assert len(captions(tool.folder / "images")) == 8
+    assert len(server.stats()["batches"]) == 1
+
+
+@pytest.mark.usefixtures("images")
+def test_one_failure_for_all_lines_ends_no_collecting(tool: Tool, server: Server, images: Path) -> None:
+    for number in range(8):
+        shutil.copy(images / f"{number % 7}.png", images / f"more{number}.png")
+        (images / f"more{number}.png").write_bytes((images / f"{number % 7}.png").read_bytes() + bytes([number]))
+    server.script(steps=[{}], then={"status": 500, "body": {"error": {"message": "late"}}})
+    assert "failed 15 (HTTP 500 15)" in tool("--image-dir", "images", "--batch", code=1).stderr
+    assert state_files(tool) == []
+
+
+STATES = [
+    ({"status": "completed"}, gc.BatchState("completed", 0, 0, (), ())),
+    ({"status": "in_progress", "request_counts": {"completed": None, "failed": None}}, gc.BatchState("in_progress", 0, 0, (), ())),
+    ({"status": "failed", "errors": "bad"}, gc.BatchState("failed", 0, 0, (), ((0, "bad"),))),
+    ({"status": "failed", "errors": [{"message": "bad"}]}, gc.BatchState("failed", 0, 0, (), ((0, "error: bad"),))),
+    (
+        {"status": "failed", "errors": {"data": [{"code": "c", "message": "bad", "line": 3}, {"line": "x"}]}},
+        gc.BatchState("failed", 0, 0, (), ((3, "c: bad"), (0, "error: no reason"))),
+    ),
+    (
+        {"request_counts": {"completed": 3, "failed": 1}, "output_file_id": "a", "error_file_id": None},
+        gc.BatchState("None", 3, 4, (("output", "a"),), ()),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "state"), STATES)
+def test_a_batch_is_read_whatever_a_server_leaves_out(body: dict[str, Any], state: Any) -> None:
+    assert gc.read_batch(body) == state
 
 
 def test_an_image_that_changed_meanwhile_gets_no_answer_of_another(tool: Tool, server: Server, images: Path) -> None:

@@ -69,7 +69,7 @@ class Script:
     tier: str = ""  # what answers are billed as; blank is what was asked for
     shutdown_date: str | None = None  # of every model, at GET /v1/models/NAME
     # errors (with which it fails), expires_after (lines), most_lines (of all that are at work), hold (while it is true),
-    # without (output_file_id), fail (METHOD PATH: how many of these requests fail first, and with which status, 0 for
+    # without (output_file_id), output (instead of what there is), fail (METHOD PATH: how many of these requests fail first, and with which status, 0 for
     # none), lose (the same after it was done), hang and hang_after (such requests)
     batch: dict[str, Any] = field(default_factory=dict)
 
@@ -238,6 +238,8 @@ class VisionServer:
         """GET /v1/files/ID/content."""
         await self.interfere(request)
         name = request.match_info["id"]
+        if "output" in self.script.batch:
+            return web.Response(text=self.script.batch["output"], content_type="application/octet-stream")
         if name not in self.files:
             return web.json_response({"error": {"message": f"No such File object: {name}"}}, status=404)
         return web.Response(body=self.files[name], content_type="application/octet-stream")
