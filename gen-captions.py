@@ -114,6 +114,7 @@ def shorten(text: str, limit: int = 300) -> str:
 
 OPENAI_URL = "https://api.openai.com/v1"
 KEY_PLACEHOLDER = "your-key-here"  # what .env.example holds
+BATCHES = "batch"  # what the folders of batches in the state folder begin with
 LOCAL_WORKERS = 2  # a server on this machine answers slower the more it is asked at once
 FLEX_TIMEOUT_S = 900.0  # https://developers.openai.com/api/docs/guides/flex-processing
 IMAGE_SUFFIXES = {
@@ -264,7 +265,7 @@ def parse_price(text: str) -> tuple[Decimal, Decimal]:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """Return which part of a set is meant, counted from 1, and how many parts there are."""
-    number, count = map(int, re.fullmatch(r"(\d{1,5})/(\d{1,5})", text).groups())  # type: ignore[union-attr]
+    number, count = map(int, text.split("/"))
     if not 1 <= number <= count:
         raise ValueError
     return number, count
@@ -428,6 +429,11 @@ class Settings:
         return "journal-{}-of-{}".format(*self.shard) if self.shard else "journal"
 
     @property
+    def batch_name(self) -> str:
+        """The name of the folder of this run's batches, beside the journal."""
+        return self.journal_name.replace("journal", BATCHES)
+
+    @property
     def host(self) -> str:
         """The server's name and port, without what a URL may carry in secret."""
         parts = urlsplit(self.base_url)
@@ -556,15 +562,75 @@ def is_openai(url: str) -> bool:
     return bool(re.search(r"(?:^|\.)api\.openai\.com$", urlsplit(url).hostname or ""))
 
 
+LOCAL_SERVERS = (  # name, URL, where it tells of its models and what they take
+    ("Ollama", "http://127.0.0.1:11434", ("/api/tags", "/api/show")),
+    ("LM Studio", "http://127.0.0.1:1234", ("/api/v0/models",)),
+    ("llama.cpp", "http://127.0.0.1:8080", ("/v1/models", "/props")),
+    ("vLLM", "http://127.0.0.1:8000", ("/v1/models",)),
+)
+LOOK_S = 0.5
+
+
+def ask_local(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the JSON object that a server on this machine answers with, empty when there is none."""
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    data = json.dumps(body).encode() if body else None
+    try:
+        with build_opener(ProxyHandler({})).open(Request(url, data), timeout=LOOK_S) as response:  # noqa: S310
+            found = json.loads(response.read(1 << 20))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def find_vision_model(url: str, paths: Sequence[str]) -> str:
+    """Return a model of a server on this machine that takes images, as far as it tells; blank when there is none.
+
+    Sources: https://docs.ollama.com/api; https://lmstudio.ai/docs/developer/rest/endpoints;
+    https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
+    """
+    listed = ask_local(url + paths[0])
+    models = listed.get("models") if paths[0] == "/api/tags" else listed.get("data")
+    models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    for model in models[:20]:
+        name = str(model.get("name") or model.get("id") or "")
+        match paths[-1]:
+            case "/api/show":
+                takes_images = "vision" in (ask_local(url + paths[-1], {"model": name}).get("capabilities") or ())
+            case "/api/v0/models":
+                takes_images = model.get("type") == "vlm"
+            case "/props":
+                modalities = ask_local(url + paths[-1]).get("modalities")
+                takes_images = isinstance(modalities, dict) and modalities.get("vision") is True
+            case _:
+                takes_images = model.get("owned_by") == "vllm"
+        if name and takes_images and not looks_secret(name):
+            return printable(name)
+    return ""
+
+
+def describe_local_servers(servers: Sequence[tuple[str, str, Sequence[str]]] = LOCAL_SERVERS) -> str:
+    """Return how to use the servers with a vision model that run on this machine, blank when there is none."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(servers)) as pool:
+        models = pool.map(find_vision_model, *zip(*((url, paths) for _, url, paths in servers), strict=True))
+        found = [(name, url, model) for (name, url, _), model in zip(servers, models, strict=True) if model]
+    return "".join(f"; {name} runs here: add --base-url {url}/v1 --model {model}" for name, url, model in found)
+
+
 def check_key(settings: Settings) -> None:
     """Raise the error that shows the ways on when there is no key and the server needs one."""
     if is_this_machine(settings.base_url) or settings.api_key not in {"", KEY_PLACEHOLDER}:
         return
     state = "still the placeholder of .env.example" if settings.api_key else "not set"
+    here = describe_local_servers() if settings.base_url == OPENAI_URL else ""
     raise SettingsError(
         f"OPENAI_API_KEY is {state}. Put a key from https://platform.openai.com/api-keys into .env or the "
         "environment; or set OPENAI_BASE_URL to another server that speaks OpenAI's API, with its key (any word "
         "where it wants none); or to a server on this machine, which needs no key: http://localhost:11434/v1 is Ollama"
+        + here
     )
 
 
@@ -620,6 +686,7 @@ class Entry:
     caption_sha256: str = ""
     model: str = ""
     usd: float = 0.0  # 0 where the price is not known
+    result_id: str = ""  # what a batch calls the answer: it may be read twice, and costs once
 
 
 @dataclass(frozen=True, slots=True)
@@ -995,7 +1062,7 @@ class Journal:
         self.folder = os.path.join(root, STATE_FOLDER)
         self._root = os.path.join(root, "")
         self._path = os.path.join(self.folder, f"{name}.jsonl")
-        self._handle = -1
+        self._handle = self._whole = -1
         self._lock = threading.Lock()
         self._torn = False  # whether the last line may lack its end
 
@@ -1031,19 +1098,27 @@ class Journal:
     def open(self) -> None:
         """Get ready to write. Raises OSError, and StopRun when another run is writing."""
         os.makedirs(self.folder, exist_ok=True)
-        self._handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        whole = os.path.join(self.folder, "journal.jsonl")
+        if self._path != whole:  # parts of a set may be at work beside each other, and not beside a run of it all
+            self._whole = self._lock_file(whole, shared=True)
+        self._handle = self._lock_file(self._path, shared=False)
+        size = os.fstat(self._handle).st_size
+        os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
+        self._torn = size > 0 and os.read(self._handle, 1) != b"\n"  # by a crash
+
+    def _lock_file(self, path: str, *, shared: bool) -> int:
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         with contextlib.suppress(ImportError):  # Windows has no fcntl; some network folders have no locks
             import fcntl
 
             try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StopRun(f"{printable(self._path)}: another run is at work there; wait for its end") from None
+                os.close(handle)
+                raise StopRun(f"{printable(path)}: another run is at work there; wait for its end") from None
             except OSError:
-                log.debug("%s: cannot be locked", printable(self._path))
-        size = os.fstat(self._handle).st_size
-        os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
-        self._torn = size > 0 and os.read(self._handle, 1) != b"\n"  # by a crash
+                log.debug("%s: cannot be locked", printable(path))
+        return handle
 
     def append(self, caption: str, entry: Entry, **more: Any) -> None:
         """Write one entry, and what else is worth knowing of it, to the disk. Raises OSError."""
@@ -1073,9 +1148,10 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file and its lock."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        for handle in (self._handle, self._whole):
+            if handle >= 0:
+                os.close(handle)
+        self._handle = self._whole = -1
 
 
 def new_stamp() -> str:
@@ -2897,7 +2973,12 @@ def place_trigger(text: str, recipe: Recipe, *, told: bool) -> str:
 
 def swap_trigger(text: str, before: str, recipe: Recipe) -> str:
     """Return a caption of ours with another trigger in place of the one that it opens with."""
-    marked = TRAINERS_MARK + text.removeprefix(before) if before and text.startswith(before) else text
+    if not before or not text.startswith(before):
+        return place_trigger(text, recipe, told=False)
+    rest = text.removeprefix(before)
+    if before == TRAINERS_MARK and not re.match(rf" (?![A-Z]){AFTER_NAME}", rest):  # it stands without a comma
+        rest = f", {rest.lstrip(' ,')}"
+    marked = TRAINERS_MARK + rest
     return place_trigger(marked, recipe, told=False)
 
 
@@ -3561,10 +3642,12 @@ def show_progress(total: int | None, report: Report, *, unit: str, quiet: bool) 
 
 ENDPOINT: Final = "/v1/chat/completions"
 FIRST_POLL_S, LONGEST_POLL_S, NO_ROOM_S = 0.5, 60.0, 120.0
+MOST_PAGES = 20  # of a server's batches that are looked through
 FILE_TIMEOUT_S = 3600.0  # to move a file of 200 MB
 MOST_LINES = 2000  # of a part: OpenAI takes 50,000, other engines give nothing back before the last is done
-BATCH_FOLDER = "batch"  # in the folder of the journal
 LINES, ROWS, STATE = ".jsonl", ".manifest.jsonl", ".json"  # the files of a part
+GOING = {"validating", "in_progress", "finalizing", "cancelling"}
+ALL = -1  # lines: a part is done with
 ENDED = {"completed", "expired", "cancelled", "failed"}  # https://developers.openai.com/api/reference/resources/batches
 NOT_REACHED = r"batch_(?:expired|cancelled)"  # lines that nobody looked at
 NO_ROOM = r"(?i)token_limit|enqueued"  # https://github.com/openai/openai-python/issues/2084
@@ -3592,7 +3675,8 @@ class Part:
     input_file_id: str = ""
     batch_id: str = ""
     is_being_created: bool = False  # so that the server may know it already
-    held: Decimal | int = 0  # dollars, of this run's bill
+    held: Decimal | int = 0  # dollars that it may cost
+    overwrite: bool = False  # whether captions of ours may be replaced
     try_at: float = 0.0  # when there may be room for it
 
 
@@ -3613,8 +3697,8 @@ def build_line(custom_id: str, body: bytes) -> bytes:
     return json.dumps(head).encode().removesuffix(b"null}") + body + b"}\n"
 
 
-def parse_result(line: bytes) -> tuple[str, Reply | ErrorReply] | None:
-    """Return which line of a batch a result answers, and how, in whichever shape engines write it; None for a torn one.
+def parse_result(line: bytes) -> tuple[str, Reply | ErrorReply, str] | None:
+    """Return which line of a batch a result answers, how, and what the result is called; None for what is none.
 
     Source: https://platform.openai.com/docs/api-reference/batch/request-output; old versions of vLLM give the
     completion itself as `response`, new ones the failure as `error` without a body.
@@ -3623,8 +3707,9 @@ def parse_result(line: bytes) -> tuple[str, Reply | ErrorReply] | None:
         found = json.loads(line.removeprefix(BOM))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("custom_id"), str):
-        return None
+    if not isinstance(found, dict) or not isinstance(found.get("custom_id"), str) or "body" in found:
+        return None  # the latter is a request
+    custom_id, result_id = found["custom_id"], str(found.get("id") or "")
     response, error = found.get("response"), found.get("error")
     response = response if isinstance(response, dict) else {}
     body = response if "choices" in response else response.get("body")
@@ -3633,9 +3718,10 @@ def parse_result(line: bytes) -> tuple[str, Reply | ErrorReply] | None:
     text = body if isinstance(body, str) else json.dumps(body)
     if body and not error and 200 <= status < 300:
         answer = parse_reply(text)
-        return found["custom_id"], (dataclasses.replace(answer, tier="batch") if isinstance(answer, Reply) else answer)
+        answer = dataclasses.replace(answer, tier="batch") if isinstance(answer, Reply) else answer
+        return custom_id, answer, result_id
     said = error or body or "no answer"
-    return found["custom_id"], parse_error(0 if 200 <= status < 300 else status, json.dumps(said))
+    return custom_id, parse_error(0 if 200 <= status < 300 else status, json.dumps(said)), result_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -3678,6 +3764,15 @@ def is_in_shard(name: str, number: int, count: int) -> bool:
     return int(digest.hexdigest(), 16) % count == number - 1
 
 
+def can_be_named(name: str) -> bool:
+    """Return whether a file can be called so."""
+    try:
+        os.fsencode(name)
+    except ValueError:
+        return False
+    return True
+
+
 def parse_row(line: bytes) -> Row | None:
     """Return the row of a manifest's line, None for one that a crash has torn."""
     try:
@@ -3685,8 +3780,14 @@ def parse_row(line: bytes) -> Row | None:
         row = Row(**{item.name: found[item.name] for item in dataclasses.fields(Row)})
     except (ValueError, RecursionError, LookupError, TypeError):
         return None
-    inside = isinstance(row.image, str) and not os.path.isabs(row.image) and ".." not in row.image.split("/")
-    return row if inside and isinstance(row.custom_id, str) and isinstance(row.image_size, int) else None
+    texts = (row.custom_id, row.image, row.image_sha256, row.recipe)
+    numbers = (row.image_size, row.image_mtime_ns)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(number, int) for number in numbers):
+        return None
+    # a manifest from elsewhere must not lead out of the folder, nor to what is no image
+    hidden = os.path.isabs(row.image) or any(part[:1] in {"", "."} for part in row.image.split("/"))
+    is_name = row.image.lower().endswith(tuple(IMAGE_SUFFIXES)) and "\0" not in row.image
+    return row if is_name and not hidden and can_be_named(row.image) else None
 
 
 def read_rows(path: str) -> Iterator[Row]:
@@ -3741,6 +3842,9 @@ class PartWriter:
     def finish(self) -> Part | None:
         """Close the part that is being written, and return it. Raises OSError."""
         done, self._part, self._bytes = self._part, None, 0
+        if done:
+            with open(self._manifest or done.path + ROWS, "ab") as rows:
+                os.fsync(rows.fileno())
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -3755,19 +3859,23 @@ class PartWriter:
 
 def save_part(part: Part) -> None:
     """Keep what is known of a part: with this file it exists. Raises OSError."""
-    state = {name: getattr(part, name) for name in ("lines", "input_file_id", "batch_id", "is_being_created")}
+    names = ("lines", "input_file_id", "batch_id", "is_being_created", "overwrite")
+    state = {**{name: getattr(part, name) for name in names}, "held": str(part.held)}
     write_whole(part.path + STATE, lambda file: file.write(json.dumps(state).encode()))
 
 
 def load_parts(folder: str) -> list[Part]:
     """Return the parts that are not collected yet. Raises OSError, and SettingsError for what no run has written."""
+    from decimal import Decimal
+
     parts = []
     for name in sorted(name for name in list_names(folder) if name.endswith(STATE)):
         path = os.path.join(folder, name)
         try:
             state = json.loads(Path(path).read_bytes())
+            state["held"] = Decimal(state["held"])
             parts.append(Part(path.removesuffix(STATE), **state))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, LookupError, ArithmeticError):
             raise SettingsError(f"{printable(path)}: is damaged; delete it to give that part of the batch up") from None
     return parts
 
@@ -3788,14 +3896,25 @@ def remove_halves(folder: str) -> None:
             os.unlink(os.path.join(folder, name))
 
 
-def waiting_rows(state_folder: str) -> Iterator[Row]:
+def waiting_rows(folder: str) -> Iterator[Row]:
     """Yield the images of batches that are not collected yet. Raises SettingsError."""
-    folder = os.path.join(state_folder, BATCH_FOLDER)
+    path = folder
     try:
         for part in load_parts(folder):
-            yield from read_rows(part.path + ROWS)
+            path = part.path + ROWS
+            yield from read_rows(path)
     except OSError as error:
-        raise SettingsError(f"{printable(folder)}: cannot be read: {error.strerror}") from None
+        advice = f"; to give that batch up, delete {printable(folder)}"
+        raise SettingsError(f"{printable(path)}: cannot be read: {error.strerror}{advice}") from None
+
+
+def waiting_images(journal: Journal) -> set[str]:
+    """Return the images of all batches beside a journal, those of other machines too. Raises SettingsError."""
+    try:
+        names = [name for name in list_names(journal.folder) if name.startswith(BATCHES)]
+    except OSError as error:
+        raise SettingsError(f"{printable(journal.folder)}: cannot be read: {error.strerror}") from None
+    return {row.image for name in names for row in waiting_rows(os.path.join(journal.folder, name))}
 
 
 # ------------------------------------------------------------------------------------------------ Encoding
@@ -4964,20 +5083,20 @@ def look_at_file(path: str, max_side: int) -> tuple[tuple[str, int, int], bytes,
 class Answers:
     """Gives each image the answer that a batch brought, once; stands where an Asker does."""
 
-    def __init__(self, settings: Settings, recipe: Recipe, bill: Bill) -> None:
+    def __init__(self, settings: Settings, recipe: Recipe, bill: Bill, billed: set[str]) -> None:
         self._settings = settings
         self._bill = bill
         self._tags = recipe.style == "tags"
         self._answers: dict[str, Reply | ErrorReply] = {}
-        self._billed: set[str] = set()  # lines of which one image has the cost
+        self._billed = billed  # results that are in the journal by now
 
-    def put(self, path: str, answer: Reply | ErrorReply, custom_id: str) -> None:
-        """Keep the answer for an image; several images may share a line, which costs once."""
-        if custom_id in self._billed:
+    def put(self, path: str, answer: Reply | ErrorReply, result_id: str) -> None:
+        """Keep the answer for an image; several images may share one, which costs once."""
+        if result_id and result_id in self._billed:
             answer = dataclasses.replace(answer, usage=Usage())
         else:
             self._bill.settle(0, answer)
-        self._billed.add(custom_id)
+        self._billed.add(result_id)
         self._answers[path] = answer
 
     async def ask(self, question: Question) -> str:
@@ -4994,7 +5113,7 @@ class Answers:
         try:
             return judge_reply(answer, tags=self._tags)
         except CutOff as error:
-            detail = f"set GETCAP_MAX_TOKENS={2 * self._settings.max_tokens} or ask for less, then run again"
+            detail = f"set GETCAP_MAX_TOKENS={2 * self._settings.max_tokens} or ask for less, and have it asked again"
             raise FailImage("cut off", detail) from error
 
 
@@ -5067,10 +5186,11 @@ class Captioner:
         prompt = make_prompt(self._recipe, job, read_words(job.caption))
         return self._entry(*seen), Question(job.image, prompt, image, estimate(self._settings, prompt, size))
 
-    async def take_answer(self, job: Job, row: Row) -> Outcome:
+    async def take_answer(self, job: Job, row: Row, result_id: str) -> Outcome:
         """Caption an image with the answer that a batch brought; the asker has it."""
         prompt = make_prompt(self._recipe, job, read_words(job.caption))
         entry = self._entry(row.image_sha256, row.image_size, row.image_mtime_ns)
+        entry = dataclasses.replace(entry, result_id=result_id)
         return await self._ask_once(job, entry, Question(job.image, prompt, b"", Expected()))
 
     def _entry(self, image_sha256: str, size: int, mtime_ns: int) -> Entry:
@@ -5259,7 +5379,7 @@ async def caption_images(
 def plan_run(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal) -> Iterator[Job | Skipped | Failed]:
     """Yield what is to be done with each image, by settings, recipe, journal, and the batches on their way."""
     judge = functools.partial(judge_image, journal=journal, recipe=recipe, overwrite=settings.overwrite)
-    waiting = {row.image for row in waiting_rows(journal.folder)}
+    waiting = waiting_images(journal)
     for item in plan_folder(image_dir, settings.caption_dir, recipe.caption_ext, judge):
         path = item.image if isinstance(item, Job) else item.path
         name = name_below(image_dir, path) if waiting or settings.shard else ""
@@ -5331,7 +5451,8 @@ async def send_batches(
 ) -> None:
     """Caption the images of a plan by the Batch API; the report has the outcomes, and why the run ended early."""
     stop = Stop()
-    before, total = report.recorded, len(jobs) + sum(1 for _ in waiting_rows(journal.folder))
+    folder = os.path.join(journal.folder, settings.batch_name)
+    before, total = report.recorded, len(jobs) + sum(1 for _ in waiting_rows(folder))
     quiet = log.level > logging.INFO
     with show_progress(total, report, unit="image", quiet=quiet) as update, end_on_signals(stop):
         try:
@@ -5361,7 +5482,7 @@ async def export_lines(
     """Write the images of a plan as batch files, and beside them the manifest that their results are read with."""
     stop, folder = Stop(), str(settings.batch_export)
     with show_progress(len(jobs), report, unit="image", quiet=log.level > logging.INFO) as update, end_on_signals(stop):
-        captioner = Captioner(settings, recipe, Answers(settings, recipe, report.bill), journal, report, stop)
+        captioner = Captioner(settings, recipe, Answers(settings, recipe, report.bill, set()), journal, report, stop)
         manifest = os.path.join(folder, "manifest.jsonl")
         name = functools.partial("{}/part-{:03}".format, folder)
         writer = PartWriter(name, manifest, settings.batch_megabytes * 1e6)
@@ -5399,6 +5520,8 @@ def check_export(folder: Path) -> None:
     """Make the folder for batch files; raises SettingsError when it cannot be, or holds some already."""
     shown = f"--batch-export: {printable(str(folder))}"
     try:
+        if STATE_FOLDER in folder.resolve().parts:
+            raise SettingsError(f"{shown}: is a folder of this tool's own; name another")
         folder.mkdir(parents=True, exist_ok=True)
         if any(name.endswith(LINES) for name in list_names(str(folder))):
             raise SettingsError(f"{shown}: holds batch files already; name an empty folder")
@@ -5408,10 +5531,11 @@ def check_export(folder: Path) -> None:
         raise SettingsError(f"{shown}: {error.strerror}") from None
 
 
-def check_waiting(journal: Journal, recipe: Recipe) -> list[Row]:
-    """Return the images of batches on their way; raises SettingsError when their answers fit other settings."""
-    shown = f"the batch in {printable(os.path.join(journal.folder, BATCH_FOLDER))} (delete that to give it up)"
-    return check_rows(waiting_rows(journal.folder), recipe, shown)
+def check_waiting(settings: Settings, journal: Journal, recipe: Recipe) -> list[Row]:
+    """Return the images of this run's batches; raises SettingsError when their answers fit other settings."""
+    folder = os.path.join(journal.folder, settings.batch_name)
+    shown = f"the batch in {printable(folder)} (delete that to give it up)"
+    return check_rows(waiting_rows(folder), recipe, shown)
 
 
 def is_manifest(path: str) -> bool:
@@ -5443,7 +5567,7 @@ async def import_results(
     """Take the answers in result files to captions."""
     stop = Stop()
     collector = Collector(settings, recipe, image_dir, journal, report, stop)
-    planned = collector.plan(rows)
+    planned = collector.plan(rows, overwrite=settings.overwrite)
     ready, _ = prepare_run([*planned.values()], settings.caption_dir or image_dir, journal, report)
     jobs = {name: job for name, job in planned.items() if job in ready} if len(ready) < len(planned) else planned
     with end_on_signals(stop):
@@ -5490,14 +5614,17 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
     log_remarks(settings, recipe)
     root = settings.caption_dir or image_dir
     journal = Journal(root, settings.journal_name)
-    jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), settings.limit, report)
-    waiting = check_waiting(journal, recipe) if settings.batch else []
+    waiting = check_waiting(settings, journal, recipe) if settings.batch else []
+    limit = max(0, settings.limit - len(waiting)) if settings.limit else None  # what is on its way counts
+    jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), limit, report)
     if not jobs and not waiting:
         nothing = "nothing to caption" if report.recorded else "no images"
         log.info("%s below %s", nothing, printable(str(image_dir)))
         return
     try:
         ready, kept = prepare_run(jobs, root, journal, report)
+        taken = waiting_images(journal)  # another run may have sent some before this one had the journal
+        ready = [job for job in ready if name_below(image_dir, job.image) not in taken]
         pool = settings.thread_pool
         log.info("to caption: %d, with %s at %s, workers: %d", len(ready), settings.model, settings.host, pool)
         import asyncio
@@ -5538,6 +5665,8 @@ class Exporter:
         done: Part | None = None
         if self.is_over_budget:
             return None
+        if job.replaces is None and has_caption(job.caption):
+            return None  # written since the plan; the next run says so
 
         async def write() -> None:
             nonlocal done
@@ -5559,12 +5688,22 @@ class Exporter:
         start = Path(job.image).resolve().as_uri() if settings.image_ref == "file" else DATA_URL
         chosen = batch_parameters(settings, parameters)
         body = build_request(settings.model, question.prompt, chosen, 1, question.image, start)
-        done = self._writer.add(row, build_line(custom_id, body))
+        try:
+            done = self._writer.add(row, build_line(custom_id, body))
+        except OSError as error:
+            raise StopRun(f"batch files cannot be written: {error.strerror}; run again after that") from error
         if is_new and self._writer.part:
             self._writer.part.held += self._bill.hold(most, "batch")
         self.lines += is_new
         self.images += 1
         return done
+
+
+def check_id(found: Any) -> Any:
+    """Return what a server made, which has a name; raises TypeError for anything else."""
+    if not isinstance(getattr(found, "id", None), str) or not found.id:
+        raise TypeError("what came back has no id")
+    return found
 
 
 class Batches:
@@ -5580,7 +5719,7 @@ class Batches:
 
         async def send() -> Any:
             with open(path, "rb") as file:  # noqa: ASYNC230 - the SDK reads it; a path it would read whole
-                return await self._client.files.create(file=file, purpose="batch", timeout=FILE_TIMEOUT_S)
+                return check_id(await self._client.files.create(file=file, purpose="batch", timeout=FILE_TIMEOUT_S))
 
         return str((await self._call(f"uploading {printable(path)}", send)).id)
 
@@ -5593,8 +5732,10 @@ class Batches:
             if look_first and (found := await self._find(input_file_id)):
                 return found
             look_first = True
-            return await self._client.batches.create(
-                input_file_id=input_file_id, endpoint=ENDPOINT, completion_window="24h"
+            return check_id(
+                await self._client.batches.create(
+                    input_file_id=input_file_id, endpoint=ENDPOINT, completion_window="24h"
+                )
             )
 
         return await self._call("creating a batch", create)
@@ -5627,13 +5768,14 @@ class Batches:
                 await self._client.files.delete(file_id)
 
     async def _find(self, input_file_id: str) -> Any:
-        number = 0
-        async for batch in self._client.batches.list(limit=100):  # the newest first
-            number += 1
-            if batch.input_file_id == input_file_id:
-                return batch
-            if number >= 1000:
-                break
+        page = await self._client.batches.list(limit=100)  # the newest first
+        for _ in range(MOST_PAGES):
+            if not isinstance(page.data, list):
+                raise TypeError("no list of batches came back")
+            found = next((batch for batch in page.data if batch.input_file_id == input_file_id), None)
+            if found or not page.has_next_page():
+                return found
+            page = await page.get_next_page()
         return None
 
     async def _call(self, what: str, request: Callable[[], Awaitable[Any]]) -> Any:
@@ -5667,21 +5809,22 @@ class Collector:
         self._journal = journal
         self._report = report
         self._stop = stop
-        self._answers = Answers(settings, recipe, report.bill)
+        billed = {entry.result_id for past in journal.history.values() for entry in past}
+        self._answers = Answers(settings, recipe, report.bill, billed)
         self._captioner = Captioner(settings, recipe, self._answers, journal, report, stop)
 
-    def plan(self, rows: Iterable[Row]) -> dict[str, Job]:
+    def plan(self, rows: Iterable[Row], *, overwrite: bool) -> dict[str, Job]:
         """Return the jobs of a manifest's rows by image name; what has become needless or wrong is recorded."""
         jobs = {}
         for row in rows:
-            item = self._plan_row(row)
+            item = self._plan_row(row, overwrite=overwrite)
             if isinstance(item, Job):
                 jobs[row.image] = item
             else:
                 self._report.record(item)
         return jobs
 
-    def _plan_row(self, row: Row) -> Job | Skipped | Failed:
+    def _plan_row(self, row: Row, *, overwrite: bool) -> Job | Skipped | Failed:
         image = os.path.join(self._image_dir, *row.image.split("/"))
         folder, name = os.path.split(os.path.join(self._settings.caption_dir or self._image_dir, *row.image.split("/")))
         caption = os.path.join(folder, caption_name(name, self._recipe.caption_ext))
@@ -5689,8 +5832,9 @@ class Collector:
         if not is_same_image(image, seen):
             return Failed(image, "changed since", "it is not the image that was asked about any more; run again")
         try:
-            judge = {"journal": self._journal, "recipe": self._recipe, "overwrite": self._settings.overwrite}
-            return judge_image(image, caption, has_caption(caption), **judge)  # type: ignore[arg-type]
+            return judge_image(
+                image, caption, has_caption(caption), journal=self._journal, recipe=self._recipe, overwrite=overwrite
+            )
         except OSError as error:
             return Failed(image, "unreadable caption", f"{printable(caption)}: {error.strerror}")
 
@@ -5702,25 +5846,25 @@ class Collector:
         waiting: dict[str, list[Row]] = {}
         for row in rows:
             waiting.setdefault(row.custom_id, []).append(row)
-        failed: dict[str, ErrorReply] = {}
+        failed: dict[str, tuple[ErrorReply, str]] = {}
         lines = len(waiting)
 
-        async def handle(item: tuple[Row, Reply | ErrorReply]) -> None:
-            row, answer = item
+        async def handle(item: tuple[Row, Reply | ErrorReply, str]) -> None:
+            row, answer, result_id = item
             if job := jobs.get(row.image):
-                self._answers.put(job.image, answer, row.custom_id)
-                await self._captioner.record(job, self._captioner.take_answer(job, row))
+                self._answers.put(job.image, answer, result_id)
+                await self._captioner.record(job, self._captioner.take_answer(job, row, result_id))
 
         workers = self._settings.thread_pool
         await run_pool(self._read_answers(files, waiting, failed), handle, workers, self._stop)
-        errors = ((row, failed[key]) for key, rows in waiting.items() if key in failed for row in rows)
+        errors = ((row, *failed[key]) for key, rows in waiting.items() if key in failed for row in rows)
         await run_pool(errors, handle, workers, self._stop)
         missing = sum(row.image in jobs for key, rows in waiting.items() if key not in failed for row in rows)
         return lines - len(waiting), missing
 
     def _read_answers(
-        self, files: Sequence[str], waiting: dict[str, list[Row]], failed: dict[str, ErrorReply]
-    ) -> Iterator[tuple[Row, Reply]]:
+        self, files: Sequence[str], waiting: dict[str, list[Row]], failed: dict[str, tuple[ErrorReply, str]]
+    ) -> Iterator[tuple[Row, Reply, str]]:
         """Yield each image with its answer; who has one does not wait any more. Errors are kept for the end."""
         known, unknown, torn = set(waiting), 0, 0
         for path in files:
@@ -5730,13 +5874,13 @@ class Collector:
                     if result is None:
                         torn += 1
                         continue
-                    custom_id, answer = result
+                    custom_id, answer, result_id = result
                     unknown += custom_id not in known
                     if isinstance(answer, Reply):
                         for row in waiting.pop(custom_id, ()):
-                            yield row, answer
+                            yield row, answer, result_id
                     elif not is_not_reached(answer):
-                        failed[custom_id] = answer
+                        failed[custom_id] = answer, result_id
         for number, said in ((unknown, "belong to no image of the manifest"), (torn, "are torn, or no results")):
             if number:
                 log.warning("%s: %d lines %s", printable(", ".join(files)), number, said)
@@ -5757,9 +5901,10 @@ class BatchRun:
         self._image_dir = image_dir
         self._report = report
         self._stop = stop
-        self._folder = os.path.join(journal.folder, BATCH_FOLDER)
+        self._folder = os.path.join(journal.folder, settings.batch_name)
         self._asker = Asker(client, settings, recipe, report.bill, stop)
         self._captioner = Captioner(settings, recipe, self._asker, journal, report, stop)
+        self._stuck: dict[str, StopRun] = {}  # why a part cannot go on in this run
         self._batches = Batches(client, settings, stop)
         self._collector = Collector(settings, recipe, image_dir, journal, report, stop)
         stamp = new_stamp().replace(".", "")
@@ -5775,14 +5920,13 @@ class BatchRun:
         parts = load_parts(self._folder)
         if parts:
             log.info("%d batches of an earlier run are not collected yet", len(parts))
+            self._report.bill.held += sum(part.held for part in parts)
 
         async def handle(job: Job) -> None:
             if job.trigger_only:
                 await self._captioner.handle(job)
             elif done := await self._exporter.add(job, self._asker.parameters):
-                save_part(done)
-                parts.append(done)
-                await self._submit(done)
+                await self._begin(done, parts)
 
         queue = iter(jobs)
         for job in queue:  # the first is asked at once: what is wrong for all is known before a day has passed
@@ -5792,11 +5936,34 @@ class BatchRun:
         await run_pool(queue, handle, os.cpu_count() or 1, self._stop)
         last = self._exporter.finish()
         if last and self._stop.cause is None:
-            save_part(last)
-            parts.append(last)
+            await self._begin(last, parts)
         await self._wait(parts, update)
         if self._exporter.is_over_budget:
             raise StopRun("--max-cost: leaves no room for the other images; raise it, then run again")
+
+    async def _begin(self, part: Part, parts: list[Part]) -> None:
+        """Keep a part that is written, and give it to the server; where that fails, the others go on."""
+        part.overwrite = self._settings.overwrite
+        try:
+            save_part(part)
+        except OSError as error:
+            raise StopRun(f"{printable(self._folder)}: {error.strerror}; run again after that") from error
+        parts.append(part)
+        await self._try(self._submit(part), part)
+
+    async def _try(self, step: Awaitable[Any], part: Part) -> Any:
+        """Return what a step for one part brings; one that cannot be is named, and the part left for the next run."""
+        try:
+            return await step
+        except OSError as error:
+            advice = f"to give it up, delete {printable(part.path + STATE)}"
+            cause = StopRun(f"{printable(part.path)}: {error.strerror} ({advice})")
+        except StopRun as error:
+            self._stop.check()
+            cause = error
+        log.error("%s", cause)
+        self._stuck[part.path] = cause
+        return None
 
     async def _submit(self, part: Part) -> None:
         """Give a part to the server; each step that it cannot be asked for twice is on the disk first."""
@@ -5815,39 +5982,55 @@ class BatchRun:
         """Look at all batches until they are collected."""
         done: dict[str, int] = {}
         pause_s, said = FIRST_POLL_S, 0
-        while parts:
-            for part in [*parts]:
-                if not part.batch_id:
-                    if time.monotonic() < part.try_at:
-                        continue
-                    await self._submit(part)
-                batch = read_batch(await self._batches.retrieve(part))
-                done[part.path] = batch.done
-                if batch.status in ENDED and await self._finish(part, batch):
+        while waiting := [part for part in parts if part.path not in self._stuck]:
+            for part in waiting:
+                if not part.batch_id and time.monotonic() < part.try_at:
+                    continue
+                lines = await self._try(self._look(part), part)
+                done[part.path] = part.lines if lines == ALL else lines or 0
+                if lines == ALL:
                     parts.remove(part)
-                    done[part.path], pause_s = part.lines, FIRST_POLL_S
+                    pause_s = FIRST_POLL_S
                     for other in parts:
-                        other.try_at = 0.0
+                        other.try_at = 0.0  # there may be room now
             now = sum(done.values())
             if now > said:
                 update(now - said)
                 said = now
-            if parts:
+            if len(parts) > len(self._stuck):
                 await self._stop.sleep(pause_s)
                 pause_s = min(LONGEST_POLL_S, 1.5 * pause_s)
+        for cause in self._stuck.values():
+            raise cause
+
+    async def _look(self, part: Part) -> int:
+        """Look at the batch of a part, submitted now if it was not; returns how many lines are done, ALL when it is."""
+        if not part.batch_id:
+            await self._submit(part)
+        batch = read_batch(await self._batches.retrieve(part))
+        if batch.status not in {*ENDED, *GOING}:
+            log.warning("batch %s: its status is %s, which is none that is known", part.batch_id, batch.status)
+        if batch.status in ENDED and await self._finish(part, batch):
+            return ALL
+        return batch.done
 
     async def _finish(self, part: Part, batch: BatchState) -> bool:
         """Collect a batch that has come to its end; returns whether its part is done with."""
         if batch.status == "failed" and not batch.files:
+            if not any(re.search(NO_ROOM, error) for _, error in batch.errors):
+                await self._batches.forget([part.input_file_id])
             return self._judge_failed(part, batch.errors)
         files = []
         for kind, file_id in batch.files:
             files.append(await self._batches.download(file_id, f"{part.path}.{kind}{LINES}"))
         self._report.bill.held -= part.held
         rows = list(read_rows(part.path + ROWS))
-        answered, missing = await self._collector.collect(files, rows, self._collector.plan(rows))
+        jobs = self._collector.plan(rows, overwrite=part.overwrite)
+        ready = {id(job) for job in prepare_folders([*jobs.values()], self._report)}  # which may be gone by now
+        jobs = {name: job for name, job in jobs.items() if id(job) in ready}
+        answered, missing = await self._collector.collect(files, rows, jobs)
         self._stop.check()
-        if answered < min(batch.completed, part.lines) and batch.files:  # what is paid for is not thrown away
+        if answered < min(batch.completed, part.lines):  # what is paid for is not thrown away
             raise StopRun(
                 f"batch {part.batch_id}: {answered} of {batch.completed} answers can be read; the same command "
                 f"downloads them again (to give them up, delete {printable(part.path + STATE)})"

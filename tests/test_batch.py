@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 import gen_captions as gc
-from conftest import ImageMaker, Server, Tool, captions
+from conftest import TOOL, ImageMaker, Server, Tool, captions
 
 SMALL_PARTS = ("--batch-megabytes", "0.01")  # of about six lines
 
@@ -205,13 +206,94 @@ def test_what_expired_is_asked_again_by_the_next_run_and_nothing_else_is(tool: T
 
 
 @pytest.mark.usefixtures("images")
-def test_an_output_that_is_missing_leaves_its_images_for_the_next_run(tool: Tool, server: Server) -> None:
+def test_an_output_that_is_missing_is_looked_for_again_and_can_be_given_up(tool: Tool, server: Server) -> None:
     server.script(batch={"without": "output_file_id"})
-    err = tool("--image-dir", "images", "--batch", code=1).stderr
-    assert "7 images have no result; run again" in err
+    err = tool("--image-dir", "images", "--batch", code=3).stderr
+    assert "0 of 7 answers can be read; the same command downloads them again" in err
+    [state] = [name for name in state_files(tool) if name.endswith("001.json")]
+    assert state in err
+    (tool.folder / "images" / ".gen-captions" / "batch" / state).unlink()
     server.batch()
     tool("--image-dir", "images", "--batch")
     assert len(captions(tool.folder / "images")) == 8
+
+
+@pytest.mark.usefixtures("images")
+def test_an_error_file_that_is_missing_leaves_its_images_for_the_next_run(tool: Tool, server: Server) -> None:
+    bad = {"status": 400, "body": {"error": {"message": "Invalid image", "code": "invalid_image"}}}
+    server.script(steps=[{}, bad, bad], batch={"without": "error_file_id"})
+    err = tool("--image-dir", "images", "--batch", code=1).stderr
+    assert "2 images have no result; run again" in err
+    tool("--image-dir", "images", "--batch")
+    assert len(captions(tool.folder / "images")) == 8
+
+
+@pytest.mark.usefixtures("images")
+def test_a_budget_holds_what_earlier_runs_have_sent(tool: Tool, server: Server) -> None:
+    arguments = ("--image-dir", "images", "--batch", "--price", "0.1", "0.5", "--max-cost", "0.0011")
+    server.batch(hold=True)
+    for _ in range(2):
+        process = tool.start(*arguments)
+        before = server.stats()["calls"].count("GET batches")
+        wait_for(lambda: server.stats()["calls"].count("GET batches") > before)  # noqa: B023 - used at once
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    first = len(submitted(server))
+    assert 1 <= first < 7
+    server.batch()
+    tool(*arguments, code=3)
+    assert len(submitted(server)) == first
+
+
+@pytest.mark.usefixtures("images")
+def test_a_batch_that_the_server_forgot_keeps_no_other_from_being_collected(tool: Tool, server: Server) -> None:
+    server.batch(hold=True)
+    process = start_batch(tool, *SMALL_PARTS)
+    wait_for(lambda: server.stats()["calls"].count("GET batches") >= 2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    folder = tool.folder / "images" / ".gen-captions" / "batch"
+    first = min(folder.glob("*Z-???.json"))
+    first.write_text(first.read_text().replace('"batch-', '"batch-0'))
+    server.batch()
+    err = tool("--image-dir", "images", "--batch", code=3).stderr
+    assert f"delete images/.gen-captions/batch/{first.name}" in err
+    assert 1 < len(captions(tool.folder / "images")) < 8
+
+
+def test_a_caption_folder_that_went_away_is_made_anew(tool: Tool, server: Server, images: Path) -> None:
+    server.batch(hold=True)
+    process = start_batch(tool, "--caption-dir", "captions")
+    wait_for(lambda: "GET batches" in server.stats()["calls"])
+    process.kill()
+    process.communicate()
+    shutil.rmtree(tool.folder / "captions" / "sub")
+    server.batch()
+    start_batch(tool, "--caption-dir", "captions").communicate(timeout=60)
+    assert len(captions(tool.folder / "captions")) == len(list(images.rglob("*.png")))
+
+
+@pytest.mark.usefixtures("images")
+def test_a_full_disk_stops_before_anything_is_sent(tool: Tool) -> None:
+    command = f"ulimit -f 8; exec {sys.executable} {TOOL} --image-dir images --batch-export parts"
+    done = subprocess.run(
+        ["sh", "-c", command], check=False, cwd=tool.folder, env=tool.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert "batch files cannot be written: File too large" in done.stderr
+    assert "unexpected" not in done.stderr
+
+
+@pytest.mark.usefixtures("images")
+def test_captions_to_renew_are_renewed_by_a_later_run_without_the_flag(tool: Tool, server: Server) -> None:
+    tool("--image-dir", "images")
+    server.batch(hold=True)
+    process = start_batch(tool, "--overwrite", "--prompt", "Another.")
+    wait_for(lambda: "GET batches" in server.stats()["calls"])
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    server.batch()
+    assert "captioned 7" in tool("--image-dir", "images", "--batch", "--prompt", "Another.").stderr.lower()
 
 
 @pytest.mark.usefixtures("images")
@@ -464,7 +546,9 @@ def test_each_shape_of_a_result_is_read(result: dict[str, Any], expected: Any) -
     assert getattr(found[1], "content", getattr(found[1], "status", None)) == expected
 
 
-@pytest.mark.parametrize("line", [b"", b"{", b"[]", b'"a"', b'{"custom_id": 1}', b"{}", b"\xff\xfe{}"])
+@pytest.mark.parametrize(
+    "line", [b"", b"{", b"[]", b'"a"', b'{"custom_id": 1}', b"{}", b"\xff\xfe{}", b'{"custom_id": "a", "body": {}}']
+)
 def test_what_is_no_result_is_none(line: bytes) -> None:
     assert gc.parse_result(line) is None
 
@@ -478,6 +562,18 @@ def test_an_image_that_changed_since_the_export_is_named(
     done = tool("--image-dir", "images", "--batch-import", "parts/out.jsonl", code=1)
     assert done.stderr.count("changed since: ") == 2
     assert len(captions(images)) == 6
+
+
+def test_an_answer_that_is_read_twice_is_counted_once(tool: Tool, exported: list[dict[str, Any]]) -> None:
+    refusal = answer(exported[0], "I'm sorry, I can't help with that.")
+    cut = answer(exported[1], "A red", id="c")
+    cut["response"]["body"]["choices"][0]["finish_reason"] = "length"
+    write_results(tool.folder / "parts" / "out.jsonl", refusal, cut)
+    arguments = ("--image-dir", "images", "--batch-import", "parts/out.jsonl")
+    assert "2,400 tokens in, 40 out" in tool(*arguments, code=1).stderr
+    assert "0 tokens in, 0 out" in tool(*arguments, code=1).stderr
+    lines = (tool.folder / "images" / ".gen-captions" / "journal.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["prompt_tokens"] for line in lines) == 2400
 
 
 def test_images_without_a_result_are_left_and_said(tool: Tool, exported: list[dict[str, Any]]) -> None:
@@ -501,6 +597,7 @@ def test_an_import_with_other_settings_is_refused(tool: Tool, exported: list[dic
         (["--batch-import", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["--batch-export", "parts"], "holds batch files already"),
         (["--batch-export", "out.jsonl"], "--batch-export: out.jsonl"),
+        (["--batch-export", "images/.gen-captions/batch"], "a folder of this tool's own"),
         (["--batch", "--batch-export", "x"], "--batch and --batch-export: take one of them"),
         (["--batch", "--review"], "take one of them"),
         (["--batch", "--image-ref", "file"], "--image-ref file: belongs to --batch-export"),
@@ -508,6 +605,9 @@ def test_an_import_with_other_settings_is_refused(tool: Tool, exported: list[dic
         (["--batch-import", "out.jsonl", "--limit", "3"], "--limit: belongs to asking"),
         (["--shard", "0/3"], "--shard"),
         (["--shard", "4/3"], "I/N"),
+        (["--shard", "foo"], "I/N"),
+        (["--shard", "/8"], "I/N"),
+        (["--shard", "1/2/3"], "I/N"),
         (["--shard", "1/2", "--review"], "--shard: belongs to captioning"),
         (["--shard", "1/2", "--metadata", "m.jsonl"], "--metadata: is for a run with all captions"),
         (["--batch-megabytes", "201"], "up to 200"),
@@ -541,8 +641,44 @@ def test_shards_share_a_set_without_talking_to_each_other(tool: Tool, server: Se
     assert len(captions(tool.folder / "images")) == 8
     assert server.stats()["requests"] == 8
     journals = sorted(path.name for path in (tool.folder / "images" / ".gen-captions").glob("*.jsonl"))
-    assert set(journals) <= {f"journal-{number}-of-3.jsonl" for number in (1, 2, 3)}
+    assert set(journals) <= {"journal.jsonl", *(f"journal-{number}-of-3.jsonl" for number in (1, 2, 3))}
     assert "up to date 8" in tool("--image-dir", "images", "--overwrite").stderr
+
+
+@pytest.mark.usefixtures("images")
+def test_a_shard_is_not_at_work_beside_a_run_of_the_whole_set(tool: Tool, server: Server) -> None:
+    server.script(latency=30)
+    process = tool.start("--image-dir", "images")
+    wait_for(lambda: server.stats()["requests"])
+    assert "another run is at work there" in tool("--image-dir", "images", "--shard", "1/2", code=3).stderr
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.usefixtures("images")
+def test_shards_have_batches_of_their_own(tool: Tool, server: Server) -> None:
+    runs = [start_batch(tool, "--shard", f"{number}/2", *SMALL_PARTS) for number in (1, 2)]
+    for run in runs:
+        err = run.communicate(timeout=60)[1]
+        assert run.returncode == 0, err
+    assert len(captions(tool.folder / "images")) == 8
+    assert len(submitted(server)) == len(set(submitted(server))) == 6  # each asked one at once
+
+
+ROW = {"custom_id": "gc-1", "image": "a.png", "image_sha256": "0", "image_size": 1, "image_mtime_ns": 1, "recipe": "r"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"image": "../a.png"}, {"image": "/a.png"}, {"image": "a/../../b.png"}, {"image": ""}, {"image": "README"},
+        {"image": "a\0.png"}, {"image": "\ud800.png"}, {"image": ".gen-captions/a.png"}, {"image": 3}, {"recipe": []},
+        {"image_mtime_ns": {}}, {"image_sha256": [1]}, {"custom_id": None}, {"image_size": "1"},
+    ],
+)  # fmt: skip
+def test_a_row_that_leads_elsewhere_or_is_none_is_not_read(fault: dict[str, Any]) -> None:
+    assert gc.parse_row(json.dumps(ROW).encode()) is not None
+    assert gc.parse_row(json.dumps({**ROW, **fault}).encode()) is None
 
 
 def test_a_shard_is_the_same_on_every_machine() -> None:
