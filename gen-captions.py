@@ -2291,7 +2291,10 @@ MARKUP = (  # marks that a page would not show, and what is left of them
     (r"(?<![\w*])(\*{1,3})(?=[\w\"“'(])([^*\n]{1,300})(?<=[^\s*])\1(?![\w*]|\.\w)", r"\2"),  # not 5 * 3, *.py, *^_^*
     (r"(?<!\w)__(?=\S)([^_\n]{1,300} [^_\n]{1,300})(?<=\S)__(?!\w)", r"\1"),  # not __init__
     (r"!?\[([^\]\n]{0,300})\]\(\S{1,500}\)", r"\1"),
-    (r"(?is)\A<(p|div|span|caption|description|prompt|output|response|result)\b[^<>]{0,100}>(.*)</\1>\Z", r"\2"),
+    (
+        r"(?is)\A<(p|div|span|text|caption|(?:image_)?description|prompt|output|response|result|final)\b[^<>]{0,100}>(.*)</\1>\Z",
+        r"\2",
+    ),
     (r"(?i)<(b|i|u|em|strong)>([^<>]{1,300})</\1>", r"\2"),
     (r"(?i)<br ?/?>", " "),
     (r"(?<=[.,;!?\s])\\n|(?<=\w)\\n(?=[A-Z])", " "),  # not C:\new
@@ -2344,6 +2347,9 @@ def strip_reasoning(text: str) -> str:
     return text[end:] if end or not opened else ""
 
 
+ENTITY = r"&(?:quot|apos|amp|lt|gt|nbsp|#39|#x27);"
+
+
 def strip_markup(text: str) -> str:
     """Return a text without marks for emphasis, links and line breaks."""
     for pattern, instead in MARKUP:
@@ -2363,6 +2369,10 @@ def clean_caption(content: str, *, tags: bool = False) -> str:
     """
     text = re.split(TURN_END, strip_reasoning(content), maxsplit=1)[0]
     text = re.sub(INVISIBLE, "", re.sub(SPECIAL_TOKENS, "", text))
+    if re.search(ENTITY, text):
+        from html import unescape
+
+        text = unescape(text)
     text = "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
     if fenced := re.fullmatch(FENCE, text):
         text = fenced[1]
@@ -2471,10 +2481,14 @@ ERROR_TEXT = (
     r"|(?:oops\b.{0,20})?(?:something )?went wrong|upstream (?:connect error|request timeout)|no healthy upstream"
     r"|(?:network|server) error\b|fetch failed|\[object object\]|<class |['\"]?nonetype|too many requests"
     r"|the model is (?:currently )?overloaded|you exceeded your current quota|please enable javascript"
-    r"|(?:api )?(?:rate limit|quota) (?:exceeded|reached)|lorem ipsum)|\{\s*[\"']"
+    r"|(?:api )?(?:rate limit|quota) (?:exceeded|reached)|lorem ipsum)"
 )
-PICTURED = (
-    r"(?i)\b(?:on|in|above|under|behind|next to) (?:an?|one|the (?:middle|display|screen))\b"  # a photo of an error
+DATA = (  # JSON and the like
+    r"(?s)\s*(?:[{\[]\s*[\"'{\[].*[}\]]|[\"']?(?:caption|description|tags)[\"']?\s*[:=]\s*[\"'\[].*)\W*\Z"
+)
+PICTURED = (  # a photo of an error
+    r"(?i)\bprinted\b|\b(?:on|in|next to) (?:an?|the) (?:[\w-]+ ){0,3}(?:browser|window|monitor|screen|laptop|phone"
+    r"|poster|shirt|hoodie|mockup|machine|display|terminal|tv|macintosh|page|background|field|wall|sign|paper)\b"
 )
 WEB_PAGE = (
     r"(?is)(?:<!--.*?-->\s*)?(?:<(?:!doctype|title|center|h1|\?xml)\b|<(?:html|head|body)\b[^>]*>(?=\s*$|.*</?\w))"
@@ -2520,7 +2534,8 @@ def judge_reply(reply: Reply, *, tags: bool = False) -> str:
         raise CutOff("cut off", "")
     if re.search(BROKEN_OFF, reply.finish_reason):
         raise TryAgain(BROKEN, f"the server broke off ({shorten(reply.finish_reason, 40)})")
-    if re.match(WEB_PAGE, text) or (re.match(ERROR_TEXT, text) and not re.search(PICTURED, text)):
+    is_error = re.match(ERROR_TEXT, text) and not re.search(PICTURED, text)
+    if is_error or re.match(WEB_PAGE, text) or re.match(DATA, text):
         raise FailImage("error text", f"{shorten(text, 120)}; look at the server", by_server=True)
     if re.match(THOUGHTS, text) or re.search(THINKING, unquoted):
         raise FailImage("reasoning only", "set GETCAP_REASONING_EFFORT=none, or take another model")
