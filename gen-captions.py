@@ -39,6 +39,11 @@ Read it from top to bottom; each room uses only rooms above it:
     Encoding           what a file's bytes are, and what they should be
     Repair             the walk through captions and config files that need it
     Review             what is wrong with a set as the trainer will see it; the page
+    Run                what there is to do, and all made ready for it
+    Caption            one image from file to caption
+    Batch run          parts out, answers in
+    Metadata and undo  all captions in one file; what was replaced put back
+    Look               the walk through a set for its review
     Commands, main     one function a command
 
 Exit codes: 0 all done or nothing to do; 1 some images failed; 2 usage or settings; 3 the run was stopped
@@ -4988,25 +4993,129 @@ def build_page(
     )
 
 
-# ------------------------------------------------------------------------------------------ Commands, main
+# ----------------------------------------------------------------------------------------------------- Run
 
 
-def add_worker(record: logging.LogRecord) -> bool:
-    """Give a log record the name of the worker it comes from."""
+def plan_run(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal) -> Iterator[Job | Skipped | Failed]:
+    """Yield what is to be done with each image, by settings, recipe, journal, and the batches on their way."""
+    judge = functools.partial(judge_image, journal=journal, recipe=recipe, overwrite=settings.overwrite)
+    waiting = waiting_images(journal)
+    for item in plan_folder(image_dir, settings.caption_dir, recipe.caption_ext, judge):
+        path = item.image if isinstance(item, Job) else item.path
+        name = name_below(image_dir, path) if waiting or settings.shard else ""
+        if settings.shard and not is_in_shard(name, *settings.shard):
+            continue
+        if not isinstance(item, Job) or name not in waiting:
+            yield item
+        elif not settings.batch or settings.dry_run:  # else it is what the run waits for
+            yield Skipped(item.image, "waits in a batch", item.caption)
+
+
+def collect_jobs(plan: Iterable[Job | Skipped | Failed], limit: int | None, report: Report) -> list[Job]:
+    """Return the jobs of a plan, at most `limit`; what is skipped or cannot be captioned goes into the report."""
+    jobs: list[Job] = []
+    for item in plan:
+        if not isinstance(item, Job):
+            report.record(item)
+        elif limit is None or len(jobs) < limit:
+            jobs.append(item)
+        else:
+            report.left += 1
+    return jobs
+
+
+def prepare_folders(jobs: list[Job], report: Report) -> list[Job]:
+    """Make all caption folders ready and return the jobs whose captions can be kept; the report has the others.
+
+    Raises StopRun when there is no such job.
+    """
+    folders = sorted({os.path.dirname(job.caption) for job in jobs})
+    problems = {folder: problem for folder in folders if (problem := prepare_folder(folder))}
+    if folders and len(problems) == len(folders):
+        raise StopRun(f"{printable(folders[0])}: captions cannot be kept there: {problems[folders[0]]}")
+    for job in jobs:
+        folder = os.path.dirname(job.caption)
+        if folder in problems:
+            report.record(Failed(job.image, "caption folder", f"{printable(folder)}: {problems[folder]}"))
+    return [job for job in jobs if os.path.dirname(job.caption) not in problems]
+
+
+def prepare_run(jobs: list[Job], root: Path, journal: Journal, report: Report) -> tuple[list[Job], str]:
+    """Return the jobs whose captions can be kept, and the zip of those to be replaced, if any; the journal is opened.
+
+    Raises StopRun.
+    """
+    kept = ""
+    ready = prepare_folders(jobs, report)
     try:
-        task = sys.modules["asyncio"].current_task()
-    except (KeyError, RuntimeError):  # before there is an event loop, or in a thread
-        task = None
-    record.worker = task.get_name() if task and task.get_name().startswith("worker-") else "main"
-    return True
+        journal.open()
+        replaced = [job.caption for job in ready if job.replaces]
+        if replaced:
+            kept = keep_originals(str(root), replaced, KEPT, new_stamp())
+            log.info("%d captions to renew are kept in %s; --undo puts them back", len(replaced), printable(kept))
+    except OSError as error:
+        raise StopRun(f"{printable(journal.folder)}: cannot be written: {error.strerror}") from error
+    return ready, kept
 
 
-def set_up_logging(settings: Settings) -> None:
-    """Send this tool's log to stderr, at the level asked for; libraries keep theirs."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(worker)-9s %(levelname)-7s %(message)s", "%H:%M:%S"))
-    log.handlers, log.filters, log.propagate = [handler], [add_worker], False
-    log.setLevel("DEBUG" if settings.verbose else "WARNING" if settings.quiet else settings.log_level)
+def is_untouched(jobs: Iterable[Job]) -> bool:
+    """Return whether all captions that were to be replaced are still there as they were."""
+    try:
+        return all(hash_file(job.caption) == job.replaces.caption_sha256 for job in jobs if job.replaces)
+    except OSError:
+        return False
+
+
+def open_bill(settings: Settings) -> Bill:
+    """Return the bill of a run; raises SettingsError for a budget that cannot be kept."""
+    price = find_price(settings)
+    if settings.max_cost and price is None:
+        raise SettingsError(
+            f"--max-cost: the price of {settings.model} at {settings.host} is not known; "
+            "--price IN OUT says it, in dollars for a million tokens"
+        )
+    return Bill(price, settings.max_cost, settings.tier)
+
+
+def log_remarks(settings: Settings, recipe: Recipe) -> None:
+    """Say once what is worth knowing about the settings before anything is sent."""
+    if settings.config_dir and not settings.config_dir.exists():
+        log.warning("%s: does not exist; nothing is read from it", printable(str(settings.config_dir)))
+    for remark in (*recipe.remarks, *(f"{finding.path}: {finding.detail}" for finding in recipe.findings)):
+        log.warning("%s", remark)
+    if is_ordinary(word := recipe.trigger.word):
+        log.warning("the trigger %s is an ordinary word; captions use it for other things too", word)
+    if settings.base_url.startswith("http://") and not is_this_machine(settings.base_url):
+        log.warning("OPENAI_BASE_URL is plain http: the key and the images can be read on the way to %s", settings.host)
+
+
+@contextlib.contextmanager
+def end_on_signals(stop: Stop) -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM end the run in order, the second at once."""
+    import asyncio
+
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    received: list[int] = []
+
+    def end(number: int) -> None:
+        if received and task:
+            task.cancel()
+        received.append(number)
+        stop.set(signal.Signals(number))
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(end, number)
+
+    # signal.signal, since Windows has no add_signal_handler
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------- Caption
 
 
 def read_words(path: str) -> str:
@@ -5334,32 +5443,6 @@ class Captioner:
         return await asyncio.to_thread(write)
 
 
-@contextlib.contextmanager
-def end_on_signals(stop: Stop) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM end the run in order, the second at once."""
-    import asyncio
-
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    received: list[int] = []
-
-    def end(number: int) -> None:
-        if received and task:
-            task.cancel()
-        received.append(number)
-        stop.set(signal.Signals(number))
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(end, number)
-
-    # signal.signal, since Windows has no add_signal_handler
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 async def caption_images(
     settings: Settings, _image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
 ) -> None:
@@ -5391,272 +5474,7 @@ async def caption_images(
             report.left += len(jobs) - (report.recorded - before)
 
 
-def plan_run(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal) -> Iterator[Job | Skipped | Failed]:
-    """Yield what is to be done with each image, by settings, recipe, journal, and the batches on their way."""
-    judge = functools.partial(judge_image, journal=journal, recipe=recipe, overwrite=settings.overwrite)
-    waiting = waiting_images(journal)
-    for item in plan_folder(image_dir, settings.caption_dir, recipe.caption_ext, judge):
-        path = item.image if isinstance(item, Job) else item.path
-        name = name_below(image_dir, path) if waiting or settings.shard else ""
-        if settings.shard and not is_in_shard(name, *settings.shard):
-            continue
-        if not isinstance(item, Job) or name not in waiting:
-            yield item
-        elif not settings.batch or settings.dry_run:  # else it is what the run waits for
-            yield Skipped(item.image, "waits in a batch", item.caption)
-
-
-def collect_jobs(plan: Iterable[Job | Skipped | Failed], limit: int | None, report: Report) -> list[Job]:
-    """Return the jobs of a plan, at most `limit`; what is skipped or cannot be captioned goes into the report."""
-    jobs: list[Job] = []
-    for item in plan:
-        if not isinstance(item, Job):
-            report.record(item)
-        elif limit is None or len(jobs) < limit:
-            jobs.append(item)
-        else:
-            report.left += 1
-    return jobs
-
-
-def prepare_folders(jobs: list[Job], report: Report) -> list[Job]:
-    """Make all caption folders ready and return the jobs whose captions can be kept; the report has the others.
-
-    Raises StopRun when there is no such job.
-    """
-    folders = sorted({os.path.dirname(job.caption) for job in jobs})
-    problems = {folder: problem for folder in folders if (problem := prepare_folder(folder))}
-    if folders and len(problems) == len(folders):
-        raise StopRun(f"{printable(folders[0])}: captions cannot be kept there: {problems[folders[0]]}")
-    for job in jobs:
-        folder = os.path.dirname(job.caption)
-        if folder in problems:
-            report.record(Failed(job.image, "caption folder", f"{printable(folder)}: {problems[folder]}"))
-    return [job for job in jobs if os.path.dirname(job.caption) not in problems]
-
-
-def prepare_run(jobs: list[Job], root: Path, journal: Journal, report: Report) -> tuple[list[Job], str]:
-    """Return the jobs whose captions can be kept, and the zip of those to be replaced, if any; the journal is opened.
-
-    Raises StopRun.
-    """
-    kept = ""
-    ready = prepare_folders(jobs, report)
-    try:
-        journal.open()
-        replaced = [job.caption for job in ready if job.replaces]
-        if replaced:
-            kept = keep_originals(str(root), replaced, KEPT, new_stamp())
-            log.info("%d captions to renew are kept in %s; --undo puts them back", len(replaced), printable(kept))
-    except OSError as error:
-        raise StopRun(f"{printable(journal.folder)}: cannot be written: {error.strerror}") from error
-    return ready, kept
-
-
-def is_untouched(jobs: Iterable[Job]) -> bool:
-    """Return whether all captions that were to be replaced are still there as they were."""
-    try:
-        return all(hash_file(job.caption) == job.replaces.caption_sha256 for job in jobs if job.replaces)
-    except OSError:
-        return False
-
-
-async def send_batches(
-    settings: Settings, image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
-) -> None:
-    """Caption the images of a plan by the Batch API; the report has the outcomes, and why the run ended early."""
-    stop = Stop()
-    folder = os.path.join(journal.folder, settings.batch_name)
-    before, total = report.recorded, len(jobs) + sum(1 for _ in waiting_rows(folder))
-    quiet = log.level > logging.INFO
-    with show_progress(total, report, unit="image", quiet=quiet) as update, end_on_signals(stop):
-        try:
-            async with open_client(settings) as client:
-                batch = BatchRun(settings, recipe, image_dir, journal, report, client, stop)
-                await batch.run(jobs, update)
-        except StopRun as cause:
-            stop.set(cause)
-        except OSError as error:
-            stop.set(StopRun(f"{printable(journal.folder)}: {error.strerror}; run again after that"))
-        finally:
-            report.ended_by = stop.cause
-            report.left += max(0, total - (report.recorded - before))
-
-
-def check_rows(rows: Iterable[Row], recipe: Recipe, shown: str) -> list[Row]:
-    """Return rows of batches; raises SettingsError when they were made with another recipe, which their answers fit."""
-    found = list(dict.fromkeys(rows))
-    if any(row.recipe != recipe.identity for row in found):
-        raise SettingsError(f"{shown}: was made with another model, prompt or style; take the same settings as then")
-    return found
-
-
-async def export_lines(
-    settings: Settings, image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
-) -> None:
-    """Write the images of a plan as batch files, and beside them the manifest that their results are read with."""
-    stop, folder = Stop(), str(settings.batch_export)
-    with show_progress(len(jobs), report, unit="image", quiet=log.level > logging.INFO) as update, end_on_signals(stop):
-        captioner = Captioner(settings, recipe, Answers(settings, recipe, report.bill, set()), journal, report, stop)
-        manifest = os.path.join(folder, "manifest.jsonl")
-        name = functools.partial("{}/part-{:03}".format, folder)
-        writer = PartWriter(name, manifest, settings.batch_megabytes * 1e6)
-        exporter = Exporter(settings, recipe, image_dir, captioner, report.bill, writer)
-
-        async def handle(job: Job) -> None:
-            if not job.trigger_only:  # a run without this flag renews it for nothing
-                await exporter.add(job, first_parameters(settings))
-            update(1)
-
-        failed = len(report.failed)
-        try:
-            await run_pool(iter(jobs), handle, os.cpu_count() or 1, stop)
-            exporter.finish()
-        except OSError as error:
-            stop.set(StopRun(f"{printable(folder)}: cannot be written: {error.strerror}"))
-        report.ended_by = stop.cause
-        report.skipped["exported"] += exporter.images
-        report.left += len(jobs) - exporter.images - (len(report.failed) - failed)
-        log.info("%d lines are in %s, with manifest.jsonl beside them", exporter.lines, printable(folder))
-
-
-def run_export(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
-    """Write batch files for what has no caption yet, or with --overwrite for what is out of date."""
-    import asyncio
-
-    log_remarks(settings, recipe)
-    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
-    jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), settings.limit, report)
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(export_lines(settings, image_dir, recipe, jobs, journal, report))
-
-
-def check_export(folder: Path) -> None:
-    """Make the folder for batch files; raises SettingsError when it cannot be, or holds some already."""
-    shown = f"--batch-export: {printable(str(folder))}"
-    try:
-        if STATE_FOLDER in folder.resolve().parts:
-            raise SettingsError(f"{shown}: is a folder of this tool's own; name another")
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(name.endswith(LINES) for name in list_names(str(folder))):
-            raise SettingsError(f"{shown}: holds batch files already; name an empty folder")
-        if not os.access(folder, os.W_OK):
-            raise SettingsError(f"{shown}: may not be written to")
-    except OSError as error:
-        raise SettingsError(f"{shown}: {error.strerror}") from None
-
-
-def check_waiting(settings: Settings, journal: Journal, recipe: Recipe) -> list[Row]:
-    """Return the images of this run's batches; raises SettingsError when their answers fit other settings."""
-    folder = os.path.join(journal.folder, settings.batch_name)
-    shown = f"the batch in {printable(folder)} (delete that to give it up)"
-    return check_rows(waiting_rows(folder), recipe, shown)
-
-
-def is_manifest(path: str) -> bool:
-    """Return whether a file is a manifest, by its first line; raises SettingsError when it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return parse_row(file.readline()) is not None
-    except OSError as error:
-        raise SettingsError(f"--batch-import: {printable(path)}: cannot be read: {error.strerror}") from None
-
-
-def read_manifests(named: Sequence[str], recipe: Recipe) -> tuple[list[str], list[Row]]:
-    """Return which of the files named are results, and the rows of the manifests, among them or beside them."""
-    manifests = [path for path in named if is_manifest(path)]
-    results = [path for path in named if path not in manifests]
-    beside = (os.path.join(os.path.dirname(path), "manifest.jsonl") for path in results)
-    manifests = list(dict.fromkeys([*manifests, *filter(os.path.isfile, beside)]))
-    if not manifests or not results:
-        what = "a file of results" if manifests else "manifest.jsonl of the export"
-        raise SettingsError(f"--batch-import: {what} is missing; name both, or put the results beside the manifest")
-    rows = check_rows(itertools.chain.from_iterable(map(read_rows, manifests)), recipe, printable(manifests[0]))
-    return results, rows
-
-
-async def import_results(
-    settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal, report: Report,
-    results: Sequence[str], rows: Sequence[Row],
-) -> None:  # fmt: skip
-    """Take the answers in result files to captions."""
-    stop = Stop()
-    collector = Collector(settings, recipe, image_dir, journal, report, stop)
-    planned = collector.plan(rows, overwrite=settings.overwrite)
-    ready, _ = prepare_run([*planned.values()], settings.caption_dir or image_dir, journal, report)
-    jobs = {name: job for name, job in planned.items() if job in ready} if len(ready) < len(planned) else planned
-    with end_on_signals(stop):
-        before = report.recorded
-        _, missing = await collector.collect(results, rows, jobs)
-        report.unanswered += missing
-        if missing and stop.cause is None:
-            log.warning("%d images of the manifest have no result in these files", missing)
-        report.ended_by = stop.cause
-        report.left += len(jobs) - (report.recorded - before)
-
-
-def run_import(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
-    """Write the captions that batch files were answered with."""
-    import asyncio
-
-    log_remarks(settings, recipe)
-    results, rows = read_manifests(settings.batch_import or (), recipe)
-    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
-    try:
-        with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(import_results(settings, image_dir, recipe, journal, report, results, rows))
-    except StopRun as cause:
-        report.ended_by = cause
-        log.error("%s", cause)  # noqa: TRY400
-    finally:
-        journal.close()
-
-
-def open_bill(settings: Settings) -> Bill:
-    """Return the bill of a run; raises SettingsError for a budget that cannot be kept."""
-    price = find_price(settings)
-    if settings.max_cost and price is None:
-        raise SettingsError(
-            f"--max-cost: the price of {settings.model} at {settings.host} is not known; "
-            "--price IN OUT says it, in dollars for a million tokens"
-        )
-    return Bill(price, settings.max_cost, settings.tier)
-
-
-def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
-    """Caption what has no caption yet, or with --overwrite what is out of date."""
-    log.info("prompt: %s; trigger: %s", recipe.prompt_source, printable(recipe.trigger.put) or "none")
-    log_remarks(settings, recipe)
-    root = settings.caption_dir or image_dir
-    journal = Journal(root, settings.journal_name)
-    waiting = check_waiting(settings, journal, recipe) if settings.batch else []
-    limit = max(0, settings.limit - len(waiting)) if settings.limit else None  # what is on its way counts
-    jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), limit, report)
-    if not jobs and not waiting:
-        nothing = "nothing to caption" if report.recorded else "no images"
-        log.info("%s below %s", nothing, printable(str(image_dir)))
-        return
-    try:
-        ready, kept = prepare_run(jobs, root, journal, report)
-        taken = waiting_images(journal)  # another run may have sent some before this one had the journal
-        ready = [job for job in ready if name_below(image_dir, job.image) not in taken]
-        pool = settings.thread_pool
-        log.info("to caption: %d, with %s at %s, workers: %d", len(ready), settings.model, settings.host, pool)
-        import asyncio
-
-        with contextlib.suppress(asyncio.CancelledError):  # the second Ctrl-C
-            send = send_batches if settings.batch else caption_images
-            asyncio.run(send(settings, image_dir, recipe, ready, journal, report))
-        if (
-            kept and not settings.batch and not report.written and is_untouched(ready)
-        ):  # --undo shall find the run before
-            os.unlink(kept)
-    except StopRun as cause:  # before anything was asked
-        report.left += len(jobs)
-        report.ended_by = cause
-        log.error("%s", cause)  # noqa: TRY400
-    finally:
-        journal.close()
+# ----------------------------------------------------------------------------------------------- Batch run
 
 
 class Exporter:
@@ -6084,62 +5902,130 @@ class BatchRun:
         return True
 
 
-def log_remarks(settings: Settings, recipe: Recipe) -> None:
-    """Say once what is worth knowing about the settings before anything is sent."""
-    if settings.config_dir and not settings.config_dir.exists():
-        log.warning("%s: does not exist; nothing is read from it", printable(str(settings.config_dir)))
-    for remark in (*recipe.remarks, *(f"{finding.path}: {finding.detail}" for finding in recipe.findings)):
-        log.warning("%s", remark)
-    if is_ordinary(word := recipe.trigger.word):
-        log.warning("the trigger %s is an ordinary word; captions use it for other things too", word)
-    if settings.base_url.startswith("http://") and not is_this_machine(settings.base_url):
-        log.warning("OPENAI_BASE_URL is plain http: the key and the images can be read on the way to %s", settings.host)
+async def send_batches(
+    settings: Settings, image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
+) -> None:
+    """Caption the images of a plan by the Batch API; the report has the outcomes, and why the run ended early."""
+    stop = Stop()
+    folder = os.path.join(journal.folder, settings.batch_name)
+    before, total = report.recorded, len(jobs) + sum(1 for _ in waiting_rows(folder))
+    quiet = log.level > logging.INFO
+    with show_progress(total, report, unit="image", quiet=quiet) as update, end_on_signals(stop):
+        try:
+            async with open_client(settings) as client:
+                batch = BatchRun(settings, recipe, image_dir, journal, report, client, stop)
+                await batch.run(jobs, update)
+        except StopRun as cause:
+            stop.set(cause)
+        except OSError as error:
+            stop.set(StopRun(f"{printable(journal.folder)}: {error.strerror}; run again after that"))
+        finally:
+            report.ended_by = stop.cause
+            report.left += max(0, total - (report.recorded - before))
 
 
-def describe_job(job: Job) -> str:
-    """Return what a run would do for an image."""
-    how = "renew its trigger" if job.trigger_only else "renew its caption" if job.replaces else "to caption"
-    return f"{how} -> {printable(job.caption)}"
+def check_rows(rows: Iterable[Row], recipe: Recipe, shown: str) -> list[Row]:
+    """Return rows of batches; raises SettingsError when they were made with another recipe, which their answers fit."""
+    found = list(dict.fromkeys(rows))
+    if any(row.recipe != recipe.identity for row in found):
+        raise SettingsError(f"{shown}: was made with another model, prompt or style; take the same settings as then")
+    return found
 
 
-def show_plan(settings: Settings) -> int:
-    """Print what a run would do, one image a line, and what it would cost; return the exit code.
+def check_waiting(settings: Settings, journal: Journal, recipe: Recipe) -> list[Row]:
+    """Return the images of this run's batches; raises SettingsError when their answers fit other settings."""
+    folder = os.path.join(journal.folder, settings.batch_name)
+    shown = f"the batch in {printable(folder)} (delete that to give it up)"
+    return check_rows(waiting_rows(folder), recipe, shown)
 
-    Opens no connection and writes nothing; of the images only the headers are read.
-    """
-    image_dir = check_folders(settings)
-    recipe = read_recipe(settings, os.environ)
-    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
-    log_remarks(settings, recipe)
-    if settings.metadata:
-        check_metadata(settings.metadata, journal)
-    print("\n".join(describe_recipe(recipe)))
-    counts = dict.fromkeys(("to caption", "skipped", "left by --limit", "cannot be captioned"), 0)
-    asked: Counter[Expected] = Counter()
-    load_pillow()
-    for planned in plan_run(settings, image_dir, recipe, journal):
-        item: Job | Skipped | Failed = planned
-        left = counts["to caption"] >= (settings.limit or math.inf)
-        if isinstance(item, Job) and not item.trigger_only and not left:
-            try:
-                asked[expect(settings, recipe, item)] += 1
-            except FailImage as error:
-                item = Failed(item.image, error.reason, error.detail)
-        match item:
-            case Job(path, caption):
-                kind = "left by --limit" if left else "to caption"
-                said = f"{kind} -> {printable(caption)}" if left else describe_job(item)
-            case Skipped(path, reason):
-                kind, said = "skipped", f"skipped: {reason}"
-            case Failed(path, reason, detail):
-                kind, said = "cannot be captioned", f"{reason}: {detail}"
-        counts[kind] += 1
-        print(f"{printable(path)}: {said}")
-    totals = [f"{kind} {number:,}" for kind, number in counts.items() if number or kind == "to caption"]
-    print(", ".join(totals).capitalize())
-    if asked:
-        print(describe_cost(settings, asked, journal.pace()))
-    return int(counts["cannot be captioned"] > 0)
+
+async def export_lines(
+    settings: Settings, image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
+) -> None:
+    """Write the images of a plan as batch files, and beside them the manifest that their results are read with."""
+    stop, folder = Stop(), str(settings.batch_export)
+    with show_progress(len(jobs), report, unit="image", quiet=log.level > logging.INFO) as update, end_on_signals(stop):
+        captioner = Captioner(settings, recipe, Answers(settings, recipe, report.bill, set()), journal, report, stop)
+        manifest = os.path.join(folder, "manifest.jsonl")
+        name = functools.partial("{}/part-{:03}".format, folder)
+        writer = PartWriter(name, manifest, settings.batch_megabytes * 1e6)
+        exporter = Exporter(settings, recipe, image_dir, captioner, report.bill, writer)
+
+        async def handle(job: Job) -> None:
+            if not job.trigger_only:  # a run without this flag renews it for nothing
+                await exporter.add(job, first_parameters(settings))
+            update(1)
+
+        failed = len(report.failed)
+        try:
+            await run_pool(iter(jobs), handle, os.cpu_count() or 1, stop)
+            exporter.finish()
+        except OSError as error:
+            stop.set(StopRun(f"{printable(folder)}: cannot be written: {error.strerror}"))
+        report.ended_by = stop.cause
+        report.skipped["exported"] += exporter.images
+        report.left += len(jobs) - exporter.images - (len(report.failed) - failed)
+        log.info("%d lines are in %s, with manifest.jsonl beside them", exporter.lines, printable(folder))
+
+
+def check_export(folder: Path) -> None:
+    """Make the folder for batch files; raises SettingsError when it cannot be, or holds some already."""
+    shown = f"--batch-export: {printable(str(folder))}"
+    try:
+        if STATE_FOLDER in folder.resolve().parts:
+            raise SettingsError(f"{shown}: is a folder of this tool's own; name another")
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(name.endswith(LINES) for name in list_names(str(folder))):
+            raise SettingsError(f"{shown}: holds batch files already; name an empty folder")
+        if not os.access(folder, os.W_OK):
+            raise SettingsError(f"{shown}: may not be written to")
+    except OSError as error:
+        raise SettingsError(f"{shown}: {error.strerror}") from None
+
+
+def is_manifest(path: str) -> bool:
+    """Return whether a file is a manifest, by its first line; raises SettingsError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return parse_row(file.readline()) is not None
+    except OSError as error:
+        raise SettingsError(f"--batch-import: {printable(path)}: cannot be read: {error.strerror}") from None
+
+
+def read_manifests(named: Sequence[str], recipe: Recipe) -> tuple[list[str], list[Row]]:
+    """Return which of the files named are results, and the rows of the manifests, among them or beside them."""
+    manifests = [path for path in named if is_manifest(path)]
+    results = [path for path in named if path not in manifests]
+    beside = (os.path.join(os.path.dirname(path), "manifest.jsonl") for path in results)
+    manifests = list(dict.fromkeys([*manifests, *filter(os.path.isfile, beside)]))
+    if not manifests or not results:
+        what = "a file of results" if manifests else "manifest.jsonl of the export"
+        raise SettingsError(f"--batch-import: {what} is missing; name both, or put the results beside the manifest")
+    rows = check_rows(itertools.chain.from_iterable(map(read_rows, manifests)), recipe, printable(manifests[0]))
+    return results, rows
+
+
+async def import_results(
+    settings: Settings, image_dir: Path, recipe: Recipe, journal: Journal, report: Report,
+    results: Sequence[str], rows: Sequence[Row],
+) -> None:  # fmt: skip
+    """Take the answers in result files to captions."""
+    stop = Stop()
+    collector = Collector(settings, recipe, image_dir, journal, report, stop)
+    planned = collector.plan(rows, overwrite=settings.overwrite)
+    ready, _ = prepare_run([*planned.values()], settings.caption_dir or image_dir, journal, report)
+    jobs = {name: job for name, job in planned.items() if job in ready} if len(ready) < len(planned) else planned
+    with end_on_signals(stop):
+        before = report.recorded
+        _, missing = await collector.collect(results, rows, jobs)
+        report.unanswered += missing
+        if missing and stop.cause is None:
+            log.warning("%d images of the manifest have no result in these files", missing)
+        report.ended_by = stop.cause
+        report.left += len(jobs) - (report.recorded - before)
+
+
+# --------------------------------------------------------------------------------------- Metadata and undo
 
 
 def metadata_name(target: str) -> str:
@@ -6276,29 +6162,7 @@ def undo_below(root: str, kept: str, *, dry_run: bool) -> None:
     print(f"{said}; all originals are in {printable(kept)}")
 
 
-def run_undo(settings: Settings) -> int:
-    """Put back what the last run replaced in the caption folder and the config folder; return the exit code."""
-    captions = "caption_dir" if settings.caption_dir else "image_dir"
-    roots = {name: path for name in (captions, "config_dir") if (path := getattr(settings, name))}
-    if not roots:
-        raise SettingsError(
-            "--undo: name the folder with --caption-dir (or --image-dir, where that has the captions), --config-dir"
-        )
-    for name, path in roots.items():
-        check_folder(name, path)
-    kept = {str(path): newest_originals(str(path)) for path in roots.values()}
-    last = max(map(os.path.basename, kept.values()))
-    if not last:
-        print(f"{printable(', '.join(kept))}: there is nothing to put back")
-    code = 0
-    for root, path in kept.items():
-        if last and os.path.basename(path) == last:  # one run names its zips alike
-            try:
-                undo_below(root, path, dry_run=settings.dry_run)
-            except Exception as error:  # a damaged zip leads to whatever its parts lead to
-                code = 1
-                log.error("%s: not all was put back: %s", printable(path), error)  # noqa: TRY400
-    return code
+# ---------------------------------------------------------------------------------------------------- Look
 
 
 def check_page(target: str) -> None:
@@ -6433,6 +6297,162 @@ def write_page(
     return None
 
 
+# ------------------------------------------------------------------------------------------ Commands, main
+
+
+def add_worker(record: logging.LogRecord) -> bool:
+    """Give a log record the name of the worker it comes from."""
+    try:
+        task = sys.modules["asyncio"].current_task()
+    except (KeyError, RuntimeError):  # before there is an event loop, or in a thread
+        task = None
+    record.worker = task.get_name() if task and task.get_name().startswith("worker-") else "main"
+    return True
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Send this tool's log to stderr, at the level asked for; libraries keep theirs."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(worker)-9s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    log.handlers, log.filters, log.propagate = [handler], [add_worker], False
+    log.setLevel("DEBUG" if settings.verbose else "WARNING" if settings.quiet else settings.log_level)
+
+
+def run_export(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
+    """Write batch files for what has no caption yet, or with --overwrite for what is out of date."""
+    import asyncio
+
+    log_remarks(settings, recipe)
+    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
+    jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), settings.limit, report)
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(export_lines(settings, image_dir, recipe, jobs, journal, report))
+
+
+def run_import(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
+    """Write the captions that batch files were answered with."""
+    import asyncio
+
+    log_remarks(settings, recipe)
+    results, rows = read_manifests(settings.batch_import or (), recipe)
+    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(import_results(settings, image_dir, recipe, journal, report, results, rows))
+    except StopRun as cause:
+        report.ended_by = cause
+        log.error("%s", cause)  # noqa: TRY400
+    finally:
+        journal.close()
+
+
+def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
+    """Caption what has no caption yet, or with --overwrite what is out of date."""
+    log.info("prompt: %s; trigger: %s", recipe.prompt_source, printable(recipe.trigger.put) or "none")
+    log_remarks(settings, recipe)
+    root = settings.caption_dir or image_dir
+    journal = Journal(root, settings.journal_name)
+    waiting = check_waiting(settings, journal, recipe) if settings.batch else []
+    limit = max(0, settings.limit - len(waiting)) if settings.limit else None  # what is on its way counts
+    jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), limit, report)
+    if not jobs and not waiting:
+        nothing = "nothing to caption" if report.recorded else "no images"
+        log.info("%s below %s", nothing, printable(str(image_dir)))
+        return
+    try:
+        ready, kept = prepare_run(jobs, root, journal, report)
+        taken = waiting_images(journal)  # another run may have sent some before this one had the journal
+        ready = [job for job in ready if name_below(image_dir, job.image) not in taken]
+        pool = settings.thread_pool
+        log.info("to caption: %d, with %s at %s, workers: %d", len(ready), settings.model, settings.host, pool)
+        import asyncio
+
+        with contextlib.suppress(asyncio.CancelledError):  # the second Ctrl-C
+            send = send_batches if settings.batch else caption_images
+            asyncio.run(send(settings, image_dir, recipe, ready, journal, report))
+        if (
+            kept and not settings.batch and not report.written and is_untouched(ready)
+        ):  # --undo shall find the run before
+            os.unlink(kept)
+    except StopRun as cause:  # before anything was asked
+        report.left += len(jobs)
+        report.ended_by = cause
+        log.error("%s", cause)  # noqa: TRY400
+    finally:
+        journal.close()
+
+
+def describe_job(job: Job) -> str:
+    """Return what a run would do for an image."""
+    how = "renew its trigger" if job.trigger_only else "renew its caption" if job.replaces else "to caption"
+    return f"{how} -> {printable(job.caption)}"
+
+
+def show_plan(settings: Settings) -> int:
+    """Print what a run would do, one image a line, and what it would cost; return the exit code.
+
+    Opens no connection and writes nothing; of the images only the headers are read.
+    """
+    image_dir = check_folders(settings)
+    recipe = read_recipe(settings, os.environ)
+    journal = Journal(settings.caption_dir or image_dir, settings.journal_name)
+    log_remarks(settings, recipe)
+    if settings.metadata:
+        check_metadata(settings.metadata, journal)
+    print("\n".join(describe_recipe(recipe)))
+    counts = dict.fromkeys(("to caption", "skipped", "left by --limit", "cannot be captioned"), 0)
+    asked: Counter[Expected] = Counter()
+    load_pillow()
+    for planned in plan_run(settings, image_dir, recipe, journal):
+        item: Job | Skipped | Failed = planned
+        left = counts["to caption"] >= (settings.limit or math.inf)
+        if isinstance(item, Job) and not item.trigger_only and not left:
+            try:
+                asked[expect(settings, recipe, item)] += 1
+            except FailImage as error:
+                item = Failed(item.image, error.reason, error.detail)
+        match item:
+            case Job(path, caption):
+                kind = "left by --limit" if left else "to caption"
+                said = f"{kind} -> {printable(caption)}" if left else describe_job(item)
+            case Skipped(path, reason):
+                kind, said = "skipped", f"skipped: {reason}"
+            case Failed(path, reason, detail):
+                kind, said = "cannot be captioned", f"{reason}: {detail}"
+        counts[kind] += 1
+        print(f"{printable(path)}: {said}")
+    totals = [f"{kind} {number:,}" for kind, number in counts.items() if number or kind == "to caption"]
+    print(", ".join(totals).capitalize())
+    if asked:
+        print(describe_cost(settings, asked, journal.pace()))
+    return int(counts["cannot be captioned"] > 0)
+
+
+def run_undo(settings: Settings) -> int:
+    """Put back what the last run replaced in the caption folder and the config folder; return the exit code."""
+    captions = "caption_dir" if settings.caption_dir else "image_dir"
+    roots = {name: path for name in (captions, "config_dir") if (path := getattr(settings, name))}
+    if not roots:
+        raise SettingsError(
+            "--undo: name the folder with --caption-dir (or --image-dir, where that has the captions), --config-dir"
+        )
+    for name, path in roots.items():
+        check_folder(name, path)
+    kept = {str(path): newest_originals(str(path)) for path in roots.values()}
+    last = max(map(os.path.basename, kept.values()))
+    if not last:
+        print(f"{printable(', '.join(kept))}: there is nothing to put back")
+    code = 0
+    for root, path in kept.items():
+        if last and os.path.basename(path) == last:  # one run names its zips alike
+            try:
+                undo_below(root, path, dry_run=settings.dry_run)
+            except Exception as error:  # a damaged zip leads to whatever its parts lead to
+                code = 1
+                log.error("%s: not all was put back: %s", printable(path), error)  # noqa: TRY400
+    return code
+
+
 def run_review(settings: Settings) -> int:
     """Print what is wrong with a set of images and captions, write the page, and return the exit code."""
     image_dir = check_folders(settings)
@@ -6481,6 +6501,7 @@ def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str]
 
 
 CAPTIONS_ONLY = ("limit", "overwrite", "metadata", "shard")
+
 BATCH_FLAGS = ("batch", "batch_export", "batch_import")
 
 
