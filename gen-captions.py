@@ -939,7 +939,7 @@ def has_caption(path: str) -> bool:
     """Return whether a caption stands there, blank ones and none at all aside; one that cannot be read counts."""
     try:
         return has_text(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
         return True
@@ -1070,12 +1070,14 @@ class Journal:
         self._handle = self._whole = -1
         self._lock = threading.Lock()
         self._torn = False  # whether the last line may lack its end
+        self._read = -1  # bytes of this journal, when its history was read
 
     @functools.cached_property
     def history(self) -> dict[str, list[Entry]]:
         """The entries of each caption, oldest first, as they were when first asked for. Raises SettingsError."""
         found: dict[str, list[Entry]] = {}
         shown = self.folder
+        self._read = self._size()
         try:
             names = [name for name in list_names(self.folder) if re.fullmatch(r"journal[\w-]*\.jsonl", name)]
             paths = [os.path.join(self.folder, name) for name in names]
@@ -1087,6 +1089,12 @@ class Journal:
         except OSError as error:
             raise SettingsError(f"{printable(shown)}: cannot be read: {error.strerror}") from None
         return found
+
+    def _size(self) -> int:
+        try:
+            return os.path.getsize(self._path)
+        except OSError:
+            return 0
 
     def name(self, caption: str) -> str:
         """Return the name that a caption has in the journal: its path below the caption folder."""
@@ -1100,14 +1108,16 @@ class Journal:
         """Return what is known of a caption, oldest first."""
         return self.history.get(self.name(caption), ()) if self.history else ()
 
-    def open(self) -> None:
-        """Get ready to write. Raises OSError, and StopRun when another run is writing."""
+    def open(self, *, as_read: bool = False) -> None:
+        """Get ready to write. Raises OSError, and StopRun when another run writes, or has since `history` was read."""
         os.makedirs(self.folder, exist_ok=True)
         whole = os.path.join(self.folder, "journal.jsonl")
         if self._path != whole:  # parts of a set may be at work beside each other, and not beside a run of it all
             self._whole = self._lock_file(whole, shared=True)
         self._handle = self._lock_file(self._path, shared=False)
         size = os.fstat(self._handle).st_size
+        if as_read and self._read not in {-1, size}:
+            raise StopRun(f"{printable(self._path)}: another run wrote there since this one looked; run again")
         os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
         self._torn = size > 0 and os.read(self._handle, 1) != b"\n"  # by a crash
 
@@ -3895,6 +3905,8 @@ def load_parts(folder: str) -> list[Part]:
             state = json.loads(Path(path).read_bytes())
             state["held"] = Decimal(state["held"])
             parts.append(Part(path.removesuffix(STATE), **state))
+        except FileNotFoundError:  # collected by now
+            continue
         except (ValueError, TypeError, LookupError, ArithmeticError):
             raise SettingsError(f"{printable(path)}: is damaged; delete it to give that part of the batch up") from None
     return parts
@@ -3922,7 +3934,11 @@ def waiting_rows(folder: str) -> Iterator[Row]:
     try:
         for part in load_parts(folder):
             path = part.path + ROWS
-            yield from read_rows(path)
+            try:
+                yield from read_rows(path)
+            except FileNotFoundError:
+                if os.path.exists(part.path + STATE):  # else it is collected by now
+                    raise
     except OSError as error:
         advice = f"; to give that batch up, delete {printable(folder)}"
         raise SettingsError(f"{printable(path)}: cannot be read: {error.strerror}{advice}") from None
@@ -5000,6 +5016,10 @@ def plan_run(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journ
     """Yield what is to be done with each image, by settings, recipe, journal, and the batches on their way."""
     judge = functools.partial(judge_image, journal=journal, recipe=recipe, overwrite=settings.overwrite)
     waiting = waiting_images(journal)
+    if settings.batch and not settings.dry_run:
+        own = {row.image for row in waiting_rows(os.path.join(journal.folder, settings.batch_name))}
+    else:
+        own = set()
     for item in plan_folder(image_dir, settings.caption_dir, recipe.caption_ext, judge):
         path = item.image if isinstance(item, Job) else item.path
         name = name_below(image_dir, path) if waiting or settings.shard else ""
@@ -5007,7 +5027,7 @@ def plan_run(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journ
             continue
         if not isinstance(item, Job) or name not in waiting:
             yield item
-        elif not settings.batch or settings.dry_run:  # else it is what the run waits for
+        elif name not in own:  # which the run waits for
             yield Skipped(item.image, "waits in a batch", item.caption)
 
 
@@ -5048,7 +5068,7 @@ def prepare_run(jobs: list[Job], root: Path, journal: Journal, report: Report) -
     kept = ""
     ready = prepare_folders(jobs, report)
     try:
-        journal.open()
+        journal.open(as_read=True)
         replaced = [job.caption for job in ready if job.replaces]
         if replaced:
             kept = keep_originals(str(root), replaced, KEPT, new_stamp())
@@ -5644,16 +5664,21 @@ class Collector:
         self._stop = stop
         billed = {entry.result_id for past in journal.history.values() for entry in past}
         self._answers = Answers(settings, recipe, report.bill, billed)
+        self.torn = 0  # lines that could not be read, of the files last read
+        self._seen: set[str] = set()  # lines that have a result in them
         self._captioner = Captioner(settings, recipe, self._answers, journal, report, stop)
 
-    def plan(self, rows: Iterable[Row], *, overwrite: bool) -> dict[str, Job]:
-        """Return the jobs of a manifest's rows by image name; what has become needless or wrong is recorded."""
+    def plan(self, rows: Iterable[Row], *, overwrite: bool, is_report: bool = True) -> dict[str, Job]:
+        """Return the jobs of a manifest's rows by image name; what has become wrong is recorded.
+
+        So is what has become needless, unless the plan of the run has done so.
+        """
         jobs = {}
         for row in rows:
             item = self._plan_row(row, overwrite=overwrite)
             if isinstance(item, Job):
                 jobs[row.image] = item
-            else:
+            elif is_report or isinstance(item, Failed):
                 self._report.record(item)
         return jobs
 
@@ -5662,7 +5687,7 @@ class Collector:
         folder, name = os.path.split(os.path.join(self._settings.caption_dir or self._image_dir, *row.image.split("/")))
         caption = os.path.join(folder, caption_name(name, self._recipe.caption_ext))
         seen = Entry(image_sha256=row.image_sha256, image_size=row.image_size, image_mtime_ns=row.image_mtime_ns)
-        if not is_same_image(image, seen):
+        if not os.path.isfile(image) or not is_same_image(image, seen):
             return Failed(image, "changed since", "it is not the image that was asked about any more; run again")
         try:
             return judge_image(
@@ -5674,13 +5699,14 @@ class Collector:
     async def collect(self, files: Sequence[str], rows: Iterable[Row], jobs: Mapping[str, Job]) -> tuple[int, int]:
         """Write the captions that result files bring, in any order; where a line was answered twice, success counts.
 
-        Returns how many lines have an answer, and how many images have no result.
+        Returns how many lines have a result, and how many images have no answer.
         """
         waiting: dict[str, list[Row]] = {}
         for row in rows:
             waiting.setdefault(row.custom_id, []).append(row)
         failed: dict[str, tuple[ErrorReply, str]] = {}
-        lines = len(waiting)
+        lines = set(waiting)
+        self._seen = set()
 
         async def handle(item: tuple[Row, Reply | ErrorReply, str]) -> None:
             row, answer, result_id = item
@@ -5693,28 +5719,29 @@ class Collector:
         errors = ((row, *failed[key]) for key, rows in waiting.items() if key in failed for row in rows)
         await run_pool(errors, handle, workers, self._stop)
         missing = sum(row.image in jobs for key, rows in waiting.items() if key not in failed for row in rows)
-        return lines - len(waiting), missing
+        return len(lines & self._seen), missing
 
     def _read_answers(
         self, files: Sequence[str], waiting: dict[str, list[Row]], failed: dict[str, tuple[ErrorReply, str]]
     ) -> Iterator[tuple[Row, Reply, str]]:
         """Yield each image with its answer; who has one does not wait any more. Errors are kept for the end."""
-        known, unknown, torn = set(waiting), 0, 0
+        known, unknown, self.torn = set(waiting), 0, 0
         for path in files:
             with open(path, "rb") as file:
                 for line in filter(bytes.strip, file):
                     result = parse_result(line)
                     if result is None:
-                        torn += 1
+                        self.torn += 1
                         continue
                     custom_id, answer, result_id = result
                     unknown += custom_id not in known
+                    self._seen.add(custom_id)
                     if isinstance(answer, Reply):
                         for row in waiting.pop(custom_id, ()):
                             yield row, answer, result_id
                     elif not is_not_reached(answer):
                         failed[custom_id] = answer, result_id
-        for number, said in ((unknown, "belong to no image of the manifest"), (torn, "are torn, or no results")):
+        for number, said in ((unknown, "belong to no image of the manifest"), (self.torn, "are torn, or no results")):
             if number:
                 log.warning("%s: %d lines %s", printable(", ".join(files)), number, said)
 
@@ -5738,6 +5765,8 @@ class BatchRun:
         self._asker = Asker(client, settings, recipe, report.bill, stop)
         self._captioner = Captioner(settings, recipe, self._asker, journal, report, stop)
         self._stuck: dict[str, StopRun] = {}  # why a part cannot go on in this run
+        self._done: dict[str, int] = {}  # lines of each part, and how many in all are shown as done
+        self._said = 0
         self._batches = Batches(client, settings, stop)
         self._collector = Collector(settings, recipe, image_dir, journal, report, stop)
         stamp = new_stamp().replace(".", "")
@@ -5754,6 +5783,7 @@ class BatchRun:
         if parts:
             log.info("%d batches of an earlier run are not collected yet", len(parts))
             self._report.bill.held += sum(part.held for part in parts)
+            await self._look_at_all(parts, update)  # what is answered is safe, whatever becomes of the others
 
         async def handle(job: Job) -> None:
             if job.trigger_only:
@@ -5813,28 +5843,32 @@ class BatchRun:
 
     async def _wait(self, parts: list[Part], update: Callable[[int], None]) -> None:
         """Look at all batches until they are collected."""
-        done: dict[str, int] = {}
-        pause_s, said = FIRST_POLL_S, 0
-        while waiting := [part for part in parts if part.path not in self._stuck]:
-            for part in waiting:
-                if not part.batch_id and time.monotonic() < part.try_at:
-                    continue
-                lines = await self._try(self._look(part), part)
-                done[part.path] = part.lines if lines == ALL else lines or 0
-                if lines == ALL:
-                    parts.remove(part)
-                    pause_s = FIRST_POLL_S
-                    for other in parts:
-                        other.try_at = 0.0  # there may be room now
-            now = sum(done.values())
-            if now > said:
-                update(now - said)
-                said = now
+        pause_s = FIRST_POLL_S
+        while len(parts) > len(self._stuck):
+            collected = await self._look_at_all(parts, update)
             if len(parts) > len(self._stuck):
+                pause_s = FIRST_POLL_S if collected else min(LONGEST_POLL_S, 1.5 * pause_s)
                 await self._stop.sleep(pause_s)
-                pause_s = min(LONGEST_POLL_S, 1.5 * pause_s)
         for cause in self._stuck.values():
             raise cause
+
+    async def _look_at_all(self, parts: list[Part], update: Callable[[int], None]) -> bool:
+        """Look at each batch once; returns whether one was collected, and is no part any more."""
+        collected = False
+        for part in [part for part in parts if part.path not in self._stuck]:
+            if not part.batch_id and time.monotonic() < part.try_at:
+                continue
+            lines = await self._try(self._look(part), part)
+            self._done[part.path] = part.lines if lines == ALL else lines or 0
+            if lines == ALL:
+                collected = True
+                parts.remove(part)
+                for other in parts:
+                    other.try_at = 0.0  # there may be room now
+        if (now := sum(self._done.values())) > self._said:
+            update(now - self._said)
+            self._said = now
+        return collected
 
     async def _look(self, part: Part) -> int:
         """Look at the batch of a part, submitted now if it was not; returns how many lines are done, ALL when it is."""
@@ -5858,15 +5892,16 @@ class BatchRun:
             files.append(await self._batches.download(file_id, f"{part.path}.{kind}{LINES}"))
         self._report.bill.held -= part.held
         rows = list(read_rows(part.path + ROWS))
-        jobs = self._collector.plan(rows, overwrite=part.overwrite)
-        ready = {id(job) for job in prepare_folders([*jobs.values()], self._report)}  # which may be gone by now
-        jobs = {name: job for name, job in jobs.items() if id(job) in ready}
+        jobs = self._collector.plan(rows, overwrite=part.overwrite, is_report=False)
+        if len(prepare_folders([*jobs.values()], self._report)) < len(jobs):  # folders may be gone by now
+            raise StopRun(f"batch {part.batch_id}: caption folders cannot be used; mend that, then run again")
         answered, missing = await self._collector.collect(files, rows, jobs)
         self._stop.check()
-        if answered < min(batch.completed, part.lines):  # what is paid for is not thrown away
-            raise StopRun(
-                f"batch {part.batch_id}: {answered} of {batch.completed} answers can be read; the same command "
-                f"downloads them again (to give them up, delete {printable(part.path + STATE)})"
+        expected = min(batch.completed, part.lines) or part.lines
+        if answered < min(batch.completed, part.lines) or (files and not answered) or self._collector.torn:
+            raise StopRun(  # what is paid for is not thrown away
+                f"batch {part.batch_id}: {answered} of {expected} answers can be read; the same command downloads "
+                f"them again (to give them up, delete {printable(part.path + STATE)})"
             )
         self._report.unanswered += missing
         if missing:
@@ -6361,6 +6396,7 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
         return
     try:
         ready, kept = prepare_run(jobs, root, journal, report)
+        waiting = check_waiting(settings, journal, recipe) if settings.batch else []
         taken = waiting_images(journal)  # another run may have sent some before this one had the journal
         ready = [job for job in ready if name_below(image_dir, job.image) not in taken]
         pool = settings.thread_pool

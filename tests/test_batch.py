@@ -206,6 +206,76 @@ def test_what_expired_is_asked_again_by_the_next_run_and_nothing_else_is(tool: T
 
 
 @pytest.mark.usefixtures("images")
+def test_a_line_whose_answer_is_none_is_a_failure_of_its_image_only(tool: Tool, server: Server) -> None:
+    server.script(steps=[{}, {"body": {"choices": []}}, {"body": {"error": {"message": "late", "code": 502}}}])
+    err = tool("--image-dir", "images", "--batch", code=1).stderr
+    assert "failed 2" in err
+    assert state_files(tool) == []
+
+
+@pytest.mark.usefixtures("images")
+def test_half_an_output_is_kept_though_nothing_was_counted(tool: Tool, server: Server) -> None:
+    server.script(batch={"without": "request_counts", "half": True})
+    assert "answers can be read" in tool("--image-dir", "images", "--batch", code=3).stderr
+    server.batch()
+    tool("--image-dir", "images", "--batch")
+    assert len(captions(tool.folder / "images")) == 8
+    assert len(server.stats()["batches"]) == 1
+
+
+def test_what_is_answered_is_collected_before_anything_is_asked(
+    tool: Tool, server: Server, images: Path, make_image: ImageMaker
+) -> None:
+    server.batch(hold=True)
+    process = start_batch(tool)
+    wait_for(lambda: "GET batches" in server.stats()["calls"])
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    make_image("new.png")
+    server.batch(live={"error": {"message": "no money", "code": "insufficient_quota"}})
+    assert "out of money" in tool("--image-dir", "images", "--batch", code=3).stderr
+    assert len(captions(images)) == 8
+
+
+@pytest.mark.usefixtures("images")
+def test_a_run_names_what_waits_in_the_batch_of_a_shard(tool: Tool, server: Server) -> None:
+    server.batch(hold=True)
+    process = start_batch(tool, "--shard", "1/1")
+    wait_for(lambda: "GET batches" in server.stats()["calls"])
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert "waits in a batch 7" in tool("--image-dir", "images", "--batch").stderr
+
+
+def test_a_file_in_place_of_a_caption_folder_loses_no_answer(tool: Tool, server: Server, images: Path) -> None:
+    (images / "sub" / "8.png").write_bytes((images / "1.png").read_bytes() + b"8")
+    server.batch(hold=True)
+    process = start_batch(tool, "--caption-dir", "captions")
+    wait_for(lambda: "GET batches" in server.stats()["calls"])
+    process.kill()
+    process.communicate()
+    shutil.rmtree(tool.folder / "captions" / "sub")
+    (tool.folder / "captions" / "sub").touch()
+    server.batch()
+    tool("--image-dir", "images", "--caption-dir", "captions", "--batch", code=3)
+    (tool.folder / "captions" / "sub").unlink()
+    tool("--image-dir", "images", "--caption-dir", "captions", "--batch")
+    assert len(captions(tool.folder / "captions")) == 9
+    assert len(submitted(server)) == len(set(submitted(server)))
+
+
+def test_a_plan_that_another_run_has_overtaken_is_not_carried_out(tmp_path: Path) -> None:
+    journal, other = gc.Journal(tmp_path), gc.Journal(tmp_path)
+    assert journal.history == {}
+    other.open()
+    other.append(str(tmp_path / "a.txt"), gc.Entry("captioned"))
+    other.close()
+    with pytest.raises(gc.StopRun, match="another run wrote there since this one looked"):
+        journal.open(as_read=True)
+    journal.close()
+
+
+@pytest.mark.usefixtures("images")
 def test_an_output_that_is_missing_is_looked_for_again_and_can_be_given_up(tool: Tool, server: Server) -> None:
     server.script(batch={"without": "output_file_id"})
     err = tool("--image-dir", "images", "--batch", code=3).stderr
@@ -231,6 +301,7 @@ def test_an_error_file_that_is_missing_leaves_its_images_for_the_next_run(tool: 
 @pytest.mark.usefixtures("images")
 def test_a_budget_holds_what_earlier_runs_have_sent(tool: Tool, server: Server) -> None:
     arguments = ("--image-dir", "images", "--batch", "--price", "0.1", "0.5", "--max-cost", "0.0011")
+    sent: list[int] = []
     server.batch(hold=True)
     for _ in range(2):
         process = tool.start(*arguments)
@@ -238,11 +309,12 @@ def test_a_budget_holds_what_earlier_runs_have_sent(tool: Tool, server: Server) 
         wait_for(lambda: server.stats()["calls"].count("GET batches") > before)  # noqa: B023 - used at once
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
-    first = len(submitted(server))
-    assert 1 <= first < 7
+        sent.append(len(submitted(server)))
+    assert sent[0] == sent[1] < 7
     server.batch()
-    tool(*arguments, code=3)
-    assert len(submitted(server)) == first
+    tool(*arguments, code=3)  # what came back was cheaper than was held for it
+    assert sent[0] <= len(submitted(server))
+    assert 1200 * 0.1e-6 * server.stats()["requests"] <= 0.0011
 
 
 @pytest.mark.usefixtures("images")

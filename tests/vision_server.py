@@ -69,7 +69,7 @@ class Script:
     tier: str = ""  # what answers are billed as; blank is what was asked for
     shutdown_date: str | None = None  # of every model, at GET /v1/models/NAME
     # errors (with which it fails), expires_after (lines), most_lines (of all that are at work), hold (while it is true),
-    # without (output_file_id), output (instead of what there is), fail (METHOD PATH: how many of these requests fail first, and with which status, 0 for
+    # live (the error of all other requests), without (a key of the batch), half (of its files), output (instead of what there is), fail (METHOD PATH: how many of these requests fail first, and with which status, 0 for
     # none), lose (the same after it was done), hang and hang_after (such requests)
     batch: dict[str, Any] = field(default_factory=dict)
 
@@ -242,6 +242,8 @@ class VisionServer:
             return web.Response(text=self.script.batch["output"], content_type="application/octet-stream")
         if name not in self.files:
             return web.json_response({"error": {"message": f"No such File object: {name}"}}, status=404)
+        if self.script.batch.get("half"):
+            return web.Response(body=self.files[name][: len(self.files[name]) // 2], content_type="application/x-jsonl")
         return web.Response(body=self.files[name], content_type="application/octet-stream")
 
     async def delete_file(self, request: web.Request) -> web.Response:
@@ -274,7 +276,8 @@ class VisionServer:
         name = request.match_info["id"]
         if name not in self.batches:
             return web.json_response({"error": {"message": f"No batch found with id '{name}'."}}, status=404)
-        return web.json_response(self.batches[name])
+        hidden = {self.script.batch.get("without"): None}
+        return web.json_response({**self.batches[name], **{key: None for key in hidden if key in self.batches[name]}})
 
     async def list_batches(self, request: web.Request) -> web.Response:
         """GET /v1/batches, the newest first, two on a page."""
@@ -312,7 +315,7 @@ class VisionServer:
             await asyncio.sleep(0.02)
         self.random.shuffle(outputs)  # their order is not kept
         for kind, found in (("output_file_id", outputs), ("error_file_id", errors)):
-            if found and wishes.get("without") != kind:
+            if found:
                 batch[kind] = f"file-{kind[:3]}-{batch['id']}"
                 self.files[batch[kind]] = ("\n".join(found) + "\n").encode()
         batch["status"] = wishes.get("ends", "expired" if "expires_after" in wishes else "completed")
@@ -392,6 +395,8 @@ class VisionServer:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """Return what the script, or else the image, asks for."""
         body = json.loads(await request.read())
+        if error := self.script.batch.get("live"):
+            return web.json_response(error, status=429)
         return self.refuse(request, body) or await self.answer_body(request, body)
 
     async def answer_body(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
