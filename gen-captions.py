@@ -5967,6 +5967,11 @@ def check_rows(rows: Iterable[Row], recipe: Recipe, shown: str) -> list[Row]:
     return found
 
 
+def limit_left(settings: Settings, waiting: Sequence[Row]) -> int | None:
+    """Return how many more images --limit allows; what is on its way in batches counts."""
+    return max(0, settings.limit - len(waiting)) if settings.limit else None
+
+
 def check_waiting(settings: Settings, journal: Journal, recipe: Recipe) -> list[Row]:
     """Return the images of this run's batches; raises SettingsError when their answers fit other settings."""
     folder = os.path.join(journal.folder, settings.batch_name)
@@ -6388,7 +6393,7 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
     root = settings.caption_dir or image_dir
     journal = Journal(root, settings.journal_name)
     waiting = check_waiting(settings, journal, recipe) if settings.batch else []
-    limit = max(0, settings.limit - len(waiting)) if settings.limit else None  # what is on its way counts
+    limit = limit_left(settings, waiting)
     jobs = collect_jobs(plan_run(settings, image_dir, recipe, journal), limit, report)
     if not jobs and not waiting:
         nothing = "nothing to caption" if report.recorded else "no images"
@@ -6438,10 +6443,11 @@ def show_plan(settings: Settings) -> int:
     print("\n".join(describe_recipe(recipe)))
     counts = dict.fromkeys(("to caption", "skipped", "left by --limit", "cannot be captioned"), 0)
     asked: Counter[Expected] = Counter()
+    limit = limit_left(settings, check_waiting(settings, journal, recipe) if settings.batch else [])
     load_pillow()
     for planned in plan_run(settings, image_dir, recipe, journal):
         item: Job | Skipped | Failed = planned
-        left = counts["to caption"] >= (settings.limit or math.inf)
+        left = limit is not None and counts["to caption"] >= limit
         if isinstance(item, Job) and not item.trigger_only and not left:
             try:
                 asked[expect(settings, recipe, item)] += 1
