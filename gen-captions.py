@@ -2393,6 +2393,7 @@ def clean_caption(content: str, *, tags: bool = False) -> str:
         text = fenced[1]
     text = re.sub(LINE_MARKS, "", text)
     for _ in range(3):  # an opening in quotes, quotes after an opening
+        before = text
         closing = re.search(CLOSING, mask_quotes(text))
         text = unquote(text[: closing.start() if closing else None].strip())
         # what is quoted is copied from the image, asterisks and all
@@ -2400,6 +2401,8 @@ def clean_caption(content: str, *, tags: bool = False) -> str:
         text = "".join(part if n % 2 else strip_markup(part) for n, part in enumerate(parts)).strip()
         if opening := re.match(OPENING, text):
             text = text[opening.end() :]
+        if text == before:
+            break
     return " ".join((text.replace("\n", ", ") if tags else text).split())
 
 
