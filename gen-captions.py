@@ -582,9 +582,12 @@ def ask_local(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
 
     data = json.dumps(body).encode() if body else None
     try:
+        until, text = time.monotonic() + LOOK_S, b""
         with build_opener(ProxyHandler({})).open(Request(url, data), timeout=LOOK_S) as response:  # noqa: S310
-            found = json.loads(response.read(1 << 20))
-    except (OSError, ValueError):
+            while time.monotonic() < until and (chunk := response.read1(1 << 16)):
+                text += chunk
+        found = json.loads(text)
+    except Exception:  # whatever listens there need not speak HTTP
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -2284,7 +2287,7 @@ THINKING = (
 THINKING_END = r"(?s)(?:.*<\|channel\|>final<\|message\|>|analysis.*assistantfinal)"  # gpt-oss, marks or no marks
 THOUGHTS = (  # without any marks
     r"(?i)thinking process:|thought the user|the user (?:wants|asks|is asking|uploaded|(?:has )?provided|sent)\b"
-    r"|(?:so,? )?(?:the|my) task is\b"
+    r"|(?:so,? )?(?:the|my) task is to\b"
     r"|(?:(?:okay|ok|got it|alright|hmm|first|now),? (?:so,? )?)?(?:i|we) (?:need|have|should)(?: to)? "
     r"(?:write|caption|describe|look at|analy|create|produce|generate)"
     r"|(?:okay|ok|got it|alright|hmm)[,.] .{0,40}"
@@ -2292,20 +2295,25 @@ THOUGHTS = (  # without any marks
     r"|let['’]s (?:tackle|analy|see[.,:]|look at|break (?:this|it))|i['’]ll start by\b"
     r"|let me (?:analy|look at|start by|think(?: about| through| step|[.:]))"
 )
-TURN_END = r"<\|(?:eot_id|im_end|endoftext|end)\|>|<end_of_turn>|<eos>|</s>\s*\Z|\[/INST\]|<｜end▁of▁sentence｜>"
-SPECIAL_TOKENS = r"<\|im_start\|>assistant|<\|\w+\|>|\A\s*<s>|</?answer>"  # a template's own, <|begin_of_box|> too
+TURN_END = (
+    r"<\|(?:eot_id|im_end|endoftext|end)\|>|<end_of_turn>|<eos>|\[/INST\]|<｜end▁of▁sentence｜>"
+    r"|</s>(?=\s*(?:\Z|</?s>|<\||(?i:user|human|assistant)\b))"  # it may be read on a slide
+)
+SPECIAL_TOKENS = (  # a template's own, <|begin_of_box|> too
+    r"<\|im_start\|>assistant|<\|\w+\|>|(?:\A|(?<=assistant)|(?<=>))\s*<s>|</?answer>"
+)
 FENCE = r"(?s)```[\w-]*\n(.*)\n```"
 LINE_MARKS = r"(?m)^(?:#{1,6}|[-*•>]) "
 INCH = "[0-9½¼¾⅓⅔⅛⅜⅝⅞'’]"  # before a mark that opens no quotation
 QUOTED = (
-    rf"((?<!{INCH})\"[^\"]{{0,3000}}\"|„[^“”\"]{{0,3000}}[“”\"]|“[^”“]{{0,3000}}”|«[^»]{{0,3000}}»|「[^」]{{0,3000}}」"
+    rf"((?<!{INCH})\"[^\"]{{0,3000}}\"|„[^„“”\"]{{0,3000}}[“”\"]|“[^”“]{{0,3000}}”|«[^»]{{0,3000}}»|「[^」]{{0,3000}}」"
     r"|『[^』]{0,3000}』|`[^`\n]{1,300}`|(?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w)){1,3000}'(?!\w)"
     r"|‘(?:[^‘’\n]|(?<=\w)’(?=\w)){1,3000}’(?!\w))"
 )
 MARKUP = (  # marks that a page would not show, and what is left of them
     (r"(?<![\w*])(\*{1,3})(?=[\w\"“'(])([^*\n]{1,300})(?<=[^\s*])\1(?![\w*]|\.\w)", r"\2"),  # not 5 * 3, *.py, *^_^*
     (r"(?<!\w)__(?=\S)([^_\n]{1,300} [^_\n]{1,300})(?<=\S)__(?!\w)", r"\1"),  # not __init__
-    (r"!?\[([^\]\n]{0,300})\]\(\S{1,500}\)", r"\1"),
+    (r"!?\[([^\]\n]{0,300})\]\((?:https?:|www\.|[/#.])\S{0,500}\)", r"\1"),
     (
         r"(?is)\A<(p|div|span|text|caption|(?:image_)?description|prompt|output|response|result|final)\b[^<>]{0,100}>(.*)</\1>\Z",
         r"\2",
@@ -2319,14 +2327,15 @@ OPENING = (
     r"(?i)(?:(?:sure|certainly|of course|absolutely|okay|ok|great)\b[^\w\n]*\s*)?"
     rf"(?:(?:here(?:\s+is|\s+are|['’]s)|below is)\b[^:.\n]{{0,80}}?\b{ABOUT}\b[^:.\n]{{0,80}}(?::\s*|\n+)"
     rf"|(?:(?:image|photo|suggested|final|training|detailed|short|generated)\s+)?{ABOUT}(?: \d)?(?:\s*:\s*|\s*\n+)"
-    r"|(?:assistant|answer|response|final answer|alt text)\s*:\s+)"
-    r"|(?i:(?:sure|certainly|of course|absolutely|here you go)[!.:])\s+(?=(?-i:[A-Z\"“]))"
+    r"|(?:assistant|answer|response|final answer|alt text)\s*:\s+(?=(?-i:[A-Z\"“])))"
+    r"|(?i:(?:sure|certainly|of course|here you go)[!.:])\s+(?=(?-i:[A-Z\"“]))"
 )
 CLOSING = (
     r"(?is)(?<=[.!?\"”])(?:\n(?:let me know|feel free|would you like (?:me|another|a )|i hope (?:this|that|it|you)"
     r"|hope this|if you(?:['’]d| would)? (?:like|want|need))\b"
-    r"|\s+(?:let me know (?:if|what)|feel free to (?:ask|reach|adjust)|(?:i )?hope (?:this|that|it) helps"
-    r"|would you like me to|is there anything else you|\(?word count:?|\(\d+ words) ?\b).*\Z"
+    r"|\s+(?:let me know (?:if|what)|feel free to (?:ask (?:me|if|any)|reach out|adjust)"
+    r"|(?:i )?hope (?:this|that|it) helps"
+    r"|would you like me to|is there anything else you)\b|\s+\(?word count:? ?\d+\W*\Z|\s+\(\d+ words\)\W*\Z).*\Z"
 )
 # controls, BOM, half characters, soft hyphens, marks of direction
 INVISIBLE = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
@@ -2444,7 +2453,8 @@ REFUSALS = (
     rf"unable to (?:(?:assist|comply|help)\b|{HELP} (?:the|this|that|your|any|it)\b)",
     r"content (?:removed|policy violation)",
     r"(?:your )?request (?:was )?(?:rejected|blocked|refused|denied)(?=[.!]|$| (?:by|due|as|because)\b)",
-    r"(?:the|this) (?:image |content |request )?(?:may )?(?:violates?|goes against|contains explicit)\b",
+    r"(?:the|this) (?:image |content |request )?(?:may )?"
+    r"(?:violates?|goes against|contains explicit (?:content|material|sexual))\b",
     r"this (?:image|content|request) (?:cannot|can['’]t|could not)\b|hello! [hH]ow can [iI]",
     rf"(?:(?:could|can) you )?(?:please|kindly) (?:provide|upload|attach|share) {THE_IMAGE}",
     r"you have(?:n['’]t| not) (?:provided|attached|uploaded)|it seems you forgot to\b",
@@ -2479,9 +2489,9 @@ REFUSALS = (
     r"anteeksi,|sajnálom,|îmi pare rău|λυπάμαι|סליחה,|ببخشید",
     r"申し訳(?:ありません|ございません)|すみません(?=[、。が,]|$)|ごめんなさい(?=[、。,]|$)",
     r"画像が(?:添付|表示)されてい?ません",
-    r".{0,30}(?:お手伝い|対応|説明|お答え)(?:すること)?(?:は|が)?(?:できません|いたしかねます)",
+    r"(?:この(?:画像|写真)|その|ご?(?:依頼|要望)).{0,30}(?:できません|いたしかねます)|お手伝いできません",
     r"죄송(?:하지만|합니다[.,]|해요)|미안하지만|미안합니다[.,]",
-    r".{0,30}(?:도와드릴|설명할|처리할|볼|드릴) 수 없(?:습니다|어요)",
+    r"(?:이 )?(?:이미지|사진)를? ?(?:볼|인식할|설명할|처리할) 수 없(?:습니다|어요)|.{0,20}(?:도와|해) ?드릴 수 없",
 )
 REFUSAL = "|".join(f"(?:{pattern})" for pattern in REFUSALS)
 REFUSED_LATER = (  # after some words of a caption
@@ -2490,13 +2500,14 @@ REFUSED_LATER = (  # after some words of a caption
     rf"|(?:I can(?:not|['’]?t)|I(?: am|['’]m) (?:not able|unable) to) {HELP}|As an AI\b)"
 )
 ERROR_TEXT = (
-    r"(?i)\W*(?:(?:(?-i:[\w.]*Error)|error|exception)(?: code)?(?: \d+)?\s*[:\]]|(?-i:[\w.]+(?:Error|Exception))\("
+    r"(?i)\W{0,20}(?:(?:(?-i:(?:\w[\w.]{0,60})?Error)|error|exception)(?: code)?(?: \d+)?\s*[:\]]"
+    r"|(?-i:\w[\w.]{0,60}(?:Error|Exception))\("
     r"|traceback \(|(?:there was )?an? (?:\w+ )?error (?:has )?occurred|there was an error\b"
     r"|(?:http )?(?:\d{3} )?(?:internal server error|bad gateway|service unavailable|gateway time-?out)"
     r"|[45]\d\d (?:not found|forbidden|bad request|unauthorized|request entity)|invalid api key|insufficient balance"
     r"|error (?:processing|generating|loading) |cuda (?:error|out of memory)|(?:failed|unable) to (?:load|process) "
     r"|request (?:timed out|failed)|connection (?:error|refused|reset|timed out)|out of memory|status code:? \d{3}"
-    r"|(?:oops\b.{0,20})?(?:something )?went wrong|upstream (?:connect error|request timeout)|no healthy upstream"
+    r"|(?:oops\b.{0,20}|something )went wrong|upstream (?:connect error|request timeout)|no healthy upstream"
     r"|(?:network|server) error\b|fetch failed|\[object object\]|<class |['\"]?nonetype|too many requests"
     r"|the model is (?:currently )?overloaded|you exceeded your current quota|please enable javascript"
     r"|(?:api )?(?:rate limit|quota) (?:exceeded|reached)|lorem ipsum)"
@@ -2505,7 +2516,8 @@ DATA = (  # JSON and the like
     r"(?s)\s*(?:[{\[]\s*[\"'{\[].*[}\]]|[\"']?(?:caption|description|tags)[\"']?\s*[:=]\s*[\"'\[].*)\W*\Z"
 )
 PICTURED = (  # a photo of an error
-    r"(?i)\bprinted\b|\b(?:on|in|next to) (?:an?|the) (?:[\w-]+ ){0,3}(?:browser|window|monitor|screen|laptop|phone"
+    r"(?i)\b(?:printed|icon|illustration|graphic|drawing|cartoon|layout)\b"
+    r"|\b(?:on|in|next to) (?:an?|the) (?:[\w-]+ ){0,3}(?:browser|window|monitor|screen|laptop|phone"
     r"|poster|shirt|hoodie|mockup|machine|display|terminal|tv|macintosh|page|background|field|wall|sign|paper)\b"
 )
 WEB_PAGE = (
@@ -2532,7 +2544,7 @@ def is_looping(text: str) -> bool:
         tail = words[-length:]
         if len(tail) == length and tail == tail[:size] * (length // size):
             return True
-    return bool(re.search(r"([^\W_]\S{0,19}?)\1{29,}\W*$", text[-700:]))  # scripts without spaces
+    return bool(re.search(r"([^\s_.=*-]\S{0,19}?)\1{29,}\W*$", text[-700:]))  # scripts without spaces
 
 
 def judge_reply(reply: Reply, *, tags: bool = False) -> str:
@@ -2781,7 +2793,7 @@ class Bill:
         self.held += worst
         return worst
 
-    def settle(self, held: Decimal | int, answer: Reply | ErrorReply | None) -> Decimal | int:
+    def settle(self, held: Decimal | int, answer: Reply | ErrorReply | None, tier: str = "") -> Decimal | int:
         """Count what came back, and return what it cost; what is not known to be free or counted stays held."""
         self._on_their_way -= 1
         usage = answer.usage if answer else Usage(is_whole=False)
@@ -2790,7 +2802,7 @@ class Bill:
         if isinstance(answer, ErrorReply) and is_free(answer):
             self.held -= held
             return 0
-        tier = answer.tier if isinstance(answer, Reply) else ""
+        tier = (answer.tier if isinstance(answer, Reply) else "") or tier
         cost = self.dollars(usage, tier)  # of a tier that is not said, the whole price
         self._billed_as.add(tier)
         if not usage.is_whole or not usage.prompt:
@@ -5242,7 +5254,7 @@ class Answers:
         if result_id and result_id in self._billed:
             answer = dataclasses.replace(answer, usage=Usage())
         else:
-            self._bill.settle(0, answer)
+            self._bill.settle(0, answer, "batch")
         self._billed.add(result_id)
         self._answers[path] = answer
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -82,6 +84,22 @@ def test_a_server_without_one_is_not(url: str, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(ANSWERS, path, answer)
     servers = [(name, url, paths) for name, _, paths in gc.LOCAL_SERVERS if path in paths]
     assert gc.describe_local_servers(servers) == ""
+
+
+@pytest.mark.parametrize("words", [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 200_000, b""])
+def test_what_speaks_no_http_is_passed_over(words: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1000)
+                connection.sendall(words)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert gc.ask_local(f"http://127.0.0.1:{listener.getsockname()[1]}") == {}
+        thread.join()
 
 
 def test_where_nothing_runs_nothing_is_said() -> None:

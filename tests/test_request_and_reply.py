@@ -126,6 +126,13 @@ HUGE = [
     "<|x" * 30_000,
     "``` " * 20_000,
     "ha" * 45_000,
+    "." * 60_000,
+    "„" * 60_000,
+    "‘a’b" * 15_000,
+    "' " * 30_000,
+    '"' * 40_000,
+    "[" * 40_000,
+    "<b>" * 20_000,
 ]
 
 
@@ -434,6 +441,16 @@ HONEST = [
     "A search field containing *.py/*.js in a code editor.",
     "A folder window with the address D:\\N64\\roms and D:\\nes.",
     "A form with a line for the signature: ________________________________",
+    "여성이 뒤돌아 서 있어 얼굴은 볼 수 없습니다. 배경은 바다입니다.",
+    "女性の表情は後ろ姿のため説明できません。",
+    "The image contains explicit lyrics sticker on a record.",
+    "Network error icon, a broken wifi symbol in grey on white.",
+    "404 Not Found illustration with a lost astronaut.",
+    "The task is shown step by step on a board.",
+    "A poster. (12 words are legible.) The rest is blurred.",
+    "A clipboard with a form. Word count: 120 is written on it.",
+    "A sticker. Feel free to ask! is printed on the mug.",
+    "Absolutely! Vodka bottle on ice.",
 ]  # fmt: skip
 
 
@@ -487,6 +504,10 @@ CLEANED = [
     (f"<|begin_of_box|>{A}<|end_of_box|>", A),
     (f"{A}<|im_end|>", A),
     (f"{A}</s>", A),
+    (f"{A}</s></s>", A),
+    (f"{A}</s><|im_end|>", A),
+    (f"{A}</s> User: what else? Assistant: a dog.", A),
+    (f"<|im_start|>assistant\n<s> {A}", A),
     (f"\ufeff{A}\x00", A),
     ("A caf\u00e9 sign \ud83d here.", "A café sign here."),
     (f"{A}\n\nLet me know if you would like changes!", A),
