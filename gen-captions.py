@@ -567,81 +567,6 @@ def is_openai(url: str) -> bool:
     return bool(re.search(r"(?:^|\.)api\.openai\.com$", urlsplit(url).hostname or ""))
 
 
-LOCAL_SERVERS = (  # name, URL, where it tells of its models and what they take
-    ("Ollama", "http://127.0.0.1:11434", ("/api/tags", "/api/show")),
-    ("LM Studio", "http://127.0.0.1:1234", ("/api/v0/models",)),
-    ("llama.cpp", "http://127.0.0.1:8080", ("/v1/models", "/props")),
-    ("vLLM", "http://127.0.0.1:8000", ("/v1/models",)),
-)
-LOOK_S = 0.5
-
-
-def ask_local(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the JSON object that a server on this machine answers with, empty when there is none."""
-    from urllib.request import ProxyHandler, Request, build_opener
-
-    data = json.dumps(body).encode() if body else None
-    try:
-        until, text = time.monotonic() + LOOK_S, b""
-        with build_opener(ProxyHandler({})).open(Request(url, data), timeout=LOOK_S) as response:  # noqa: S310
-            while time.monotonic() < until and (chunk := response.read1(1 << 16)):
-                text += chunk
-        found = json.loads(text)
-    except Exception:  # whatever listens there need not speak HTTP
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def find_vision_model(url: str, paths: Sequence[str]) -> str:
-    """Return a model of a server on this machine that takes images, as far as it tells; blank when there is none.
-
-    Sources: https://docs.ollama.com/api; https://lmstudio.ai/docs/developer/rest/endpoints;
-    https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
-    """
-    listed = ask_local(url + paths[0])
-    models = listed.get("models") if paths[0] == "/api/tags" else listed.get("data")
-    models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
-    for model in models[:20]:
-        name = str(model.get("name") or model.get("id") or "")
-        match paths[-1]:
-            case "/api/show":
-                takes_images = "vision" in (ask_local(url + paths[-1], {"model": name}).get("capabilities") or ())
-            case "/api/v0/models":
-                takes_images = model.get("type") == "vlm"
-            case "/props":
-                modalities = ask_local(url + paths[-1]).get("modalities")
-                takes_images = isinstance(modalities, dict) and modalities.get("vision") is True
-            case _:
-                takes_images = model.get("owned_by") == "vllm"
-        if name and takes_images and not looks_secret(name):
-            return printable(name)
-    return ""
-
-
-def describe_local_servers(servers: Sequence[tuple[str, str, Sequence[str]]] = LOCAL_SERVERS) -> str:
-    """Return how to use the servers with a vision model that run on this machine, blank when there is none."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(len(servers)) as pool:
-        models = pool.map(find_vision_model, *zip(*((url, paths) for _, url, paths in servers), strict=True))
-        found = [(name, url, model) for (name, url, _), model in zip(servers, models, strict=True) if model]
-    return "".join(f"; {name} runs here: add --base-url {url}/v1 --model {model}" for name, url, model in found)
-
-
-def check_key(settings: Settings) -> None:
-    """Raise the error that shows the ways on when there is no key and the server needs one."""
-    if is_this_machine(settings.base_url) or settings.api_key not in {"", KEY_PLACEHOLDER}:
-        return
-    state = "still the placeholder of .env.example" if settings.api_key else "not set"
-    here = describe_local_servers() if settings.base_url == OPENAI_URL else ""
-    raise SettingsError(
-        f"OPENAI_API_KEY is {state}. Put a key from https://platform.openai.com/api-keys into .env or the "
-        "environment; or set OPENAI_BASE_URL to another server that speaks OpenAI's API, with its key (any word "
-        "where it wants none); or to a server on this machine, which needs no key: http://localhost:11434/v1 is Ollama"
-        + here
-    )
-
-
 def read_text(path: Path) -> str:
     """Return a text file of the user's, without BOM; raises the SettingsError that says what is wrong with it."""
     shown = printable(str(path))
@@ -1001,6 +926,11 @@ def name_below(root: str | Path, path: str) -> str:
     return path.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
 
 
+def path_below(root: str | Path, name: str) -> str:
+    """Return the path that has such a name below a folder."""
+    return os.path.join(root, *name.split("/"))
+
+
 def encode_caption(text: str) -> bytes:
     """Return a caption file's bytes: one line of UTF-8 without BOM, ended by a newline."""
     return text.encode() + b"\n"
@@ -1105,7 +1035,7 @@ class Journal:
 
     def path(self, name: str) -> str:
         """Return the caption's path by its name in the journal."""
-        return os.path.join(self._root, *name.split("/"))
+        return path_below(self._root, name)
 
     def past(self, caption: str) -> Sequence[Entry]:
         """Return what is known of a caption, oldest first."""
@@ -3754,7 +3684,8 @@ def parse_result(line: bytes) -> tuple[str, Reply | ErrorReply, str] | None:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("custom_id"), str) or "body" in found:
         return None  # the latter is a request
-    custom_id, result_id = found["custom_id"], str(found.get("id") or "")
+    custom_id = found["custom_id"]
+    result_id = f"{custom_id} {found['id']}" if found.get("id") else ""  # an engine may number its results anew
     response, error = found.get("response"), found.get("error")
     response = response if isinstance(response, dict) else {}
     body = response if "choices" in response else response.get("body")
@@ -3798,9 +3729,9 @@ def read_batch(body: Mapping[str, Any]) -> BatchState:
     return BatchState(str(body.get("status")), completed, completed + failed, found, tuple(said))
 
 
-def is_not_reached(answer: Reply | ErrorReply | None) -> bool:
+def is_not_reached(error: ErrorReply) -> bool:
     """Return whether nobody looked at a line, so that it may be asked again."""
-    return answer is None or (isinstance(answer, ErrorReply) and bool(re.match(NOT_REACHED, answer.code)))
+    return bool(re.match(NOT_REACHED, error.code))
 
 
 def is_in_shard(name: str, number: int, count: int) -> bool:
@@ -3833,6 +3764,14 @@ def parse_row(line: bytes) -> Row | None:
     hidden = os.path.isabs(row.image) or any(part[:1] in {"", "."} for part in row.image.split("/"))
     is_name = row.image.lower().endswith(tuple(IMAGE_SUFFIXES)) and "\0" not in row.image
     return row if is_name and not hidden and can_be_named(row.image) else None
+
+
+def group_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the images of each line, the lines in the order of their file."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.custom_id, []).append(row)
+    return found
 
 
 def read_rows(path: str) -> Iterator[Row]:
@@ -3959,13 +3898,13 @@ def waiting_rows(folder: str) -> Iterator[Row]:
         raise SettingsError(f"{printable(path)}: cannot be read: {error.strerror}{advice}") from None
 
 
-def waiting_images(journal: Journal) -> set[str]:
-    """Return the images of all batches beside a journal, those of other machines too. Raises SettingsError."""
+def waiting_images(journal: Journal) -> dict[str, str]:
+    """Return the images of all batches beside a journal, and the folder of each's batch. Raises SettingsError."""
     try:
         names = [name for name in list_names(journal.folder) if name.startswith(BATCHES)]
     except OSError as error:
         raise SettingsError(f"{printable(journal.folder)}: cannot be read: {error.strerror}") from None
-    return {row.image for name in names for row in waiting_rows(os.path.join(journal.folder, name))}
+    return {row.image: name for name in names for row in waiting_rows(os.path.join(journal.folder, name))}
 
 
 # ------------------------------------------------------------------------------------------------ Encoding
@@ -5031,10 +4970,7 @@ def plan_run(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journ
     """Yield what is to be done with each image, by settings, recipe, journal, and the batches on their way."""
     judge = functools.partial(judge_image, journal=journal, recipe=recipe, overwrite=settings.overwrite)
     waiting = waiting_images(journal)
-    if settings.batch and not settings.dry_run:
-        own = {row.image for row in waiting_rows(os.path.join(journal.folder, settings.batch_name))}
-    else:
-        own = set()
+    own = settings.batch_name if settings.batch and not settings.dry_run else ""
     for item in plan_folder(image_dir, settings.caption_dir, recipe.caption_ext, judge):
         path = item.image if isinstance(item, Job) else item.path
         name = name_below(image_dir, path) if waiting or settings.shard else ""
@@ -5042,7 +4978,7 @@ def plan_run(settings: Settings, image_dir: Path, recipe: Recipe, journal: Journ
             continue
         if not isinstance(item, Job) or name not in waiting:
             yield item
-        elif name not in own:  # which the run waits for
+        elif waiting[name] != own:  # which the run waits for
             yield Skipped(item.image, "waits in a batch", item.caption)
 
 
@@ -5099,6 +5035,81 @@ def is_untouched(jobs: Iterable[Job]) -> bool:
         return all(hash_file(job.caption) == job.replaces.caption_sha256 for job in jobs if job.replaces)
     except OSError:
         return False
+
+
+LOCAL_SERVERS = (  # name, URL, where it tells of its models and what they take
+    ("Ollama", "http://127.0.0.1:11434", ("/api/tags", "/api/show")),
+    ("LM Studio", "http://127.0.0.1:1234", ("/api/v0/models",)),
+    ("llama.cpp", "http://127.0.0.1:8080", ("/v1/models", "/props")),
+    ("vLLM", "http://127.0.0.1:8000", ("/v1/models",)),
+)
+LOOK_S = 0.5
+
+
+def ask_local(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the JSON object that a server on this machine answers with, empty when there is none."""
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    data = json.dumps(body).encode() if body else None
+    try:
+        until, text = time.monotonic() + LOOK_S, b""
+        with build_opener(ProxyHandler({})).open(Request(url, data), timeout=LOOK_S) as response:  # noqa: S310
+            while time.monotonic() < until and (chunk := response.read1(1 << 16)):
+                text += chunk
+        found = json.loads(text)
+    except Exception:  # whatever listens there need not speak HTTP
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def find_vision_model(url: str, paths: Sequence[str]) -> str:
+    """Return a model of a server on this machine that takes images, as far as it tells; blank when there is none.
+
+    Sources: https://docs.ollama.com/api; https://lmstudio.ai/docs/developer/rest/endpoints;
+    https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
+    """
+    listed = ask_local(url + paths[0])
+    models = listed.get("models") if paths[0] == "/api/tags" else listed.get("data")
+    models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    for model in models[:20]:
+        name = str(model.get("name") or model.get("id") or "")
+        match paths[-1]:
+            case "/api/show":
+                takes_images = "vision" in (ask_local(url + paths[-1], {"model": name}).get("capabilities") or ())
+            case "/api/v0/models":
+                takes_images = model.get("type") == "vlm"
+            case "/props":
+                modalities = ask_local(url + paths[-1]).get("modalities")
+                takes_images = isinstance(modalities, dict) and modalities.get("vision") is True
+            case _:
+                takes_images = model.get("owned_by") == "vllm"
+        if name and takes_images and not looks_secret(name):
+            return printable(name)
+    return ""
+
+
+def describe_local_servers(servers: Sequence[tuple[str, str, Sequence[str]]] = LOCAL_SERVERS) -> str:
+    """Return how to use the servers with a vision model that run on this machine, blank when there is none."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(servers)) as pool:
+        models = pool.map(find_vision_model, *zip(*((url, paths) for _, url, paths in servers), strict=True))
+        found = [(name, url, model) for (name, url, _), model in zip(servers, models, strict=True) if model]
+    return "".join(f"; {name} runs here: add --base-url {url}/v1 --model {model}" for name, url, model in found)
+
+
+def check_key(settings: Settings) -> None:
+    """Raise the error that shows the ways on when there is no key and the server needs one."""
+    if is_this_machine(settings.base_url) or settings.api_key not in {"", KEY_PLACEHOLDER}:
+        return
+    state = "still the placeholder of .env.example" if settings.api_key else "not set"
+    here = describe_local_servers() if settings.base_url == OPENAI_URL else ""
+    raise SettingsError(
+        f"OPENAI_API_KEY is {state}. Put a key from https://platform.openai.com/api-keys into .env or the "
+        "environment; or set OPENAI_BASE_URL to another server that speaks OpenAI's API, with its key (any word "
+        "where it wants none); or to a server on this machine, which needs no key: http://localhost:11434/v1 is Ollama"
+        + here
+    )
 
 
 def open_bill(settings: Settings) -> Bill:
@@ -5615,8 +5626,7 @@ class Batches:
             return (await self._client.batches.retrieve(part.batch_id)).to_dict()
 
         what = f"looking at batch {part.batch_id} (to give it up, delete {printable(part.path + STATE)})"
-        found: dict[str, Any] = await self._call(what, retrieve)
-        return found
+        return dict(await self._call(what, retrieve))
 
     async def download(self, file_id: str, path: str) -> str:
         """Write a file of the server's to a path, and return that."""
@@ -5698,8 +5708,8 @@ class Collector:
         return jobs
 
     def _plan_row(self, row: Row, *, overwrite: bool) -> Job | Skipped | Failed:
-        image = os.path.join(self._image_dir, *row.image.split("/"))
-        folder, name = os.path.split(os.path.join(self._settings.caption_dir or self._image_dir, *row.image.split("/")))
+        image = path_below(self._image_dir, row.image)
+        folder, name = os.path.split(path_below(self._settings.caption_dir or self._image_dir, row.image))
         caption = os.path.join(folder, caption_name(name, self._recipe.caption_ext))
         seen = Entry(image_sha256=row.image_sha256, image_size=row.image_size, image_mtime_ns=row.image_mtime_ns)
         if not os.path.isfile(image) or not is_same_image(image, seen):
@@ -5716,9 +5726,7 @@ class Collector:
 
         Returns how many lines have a result, and how many images have no answer.
         """
-        waiting: dict[str, list[Row]] = {}
-        for row in rows:
-            waiting.setdefault(row.custom_id, []).append(row)
+        waiting = group_rows(rows)
         failed: dict[str, tuple[ErrorReply, str]] = {}
         lines = set(waiting)
         self._seen = set()
@@ -5902,9 +5910,7 @@ class BatchRun:
             if not any(re.search(NO_ROOM, error) for _, error in batch.errors):
                 await self._batches.forget([part.input_file_id])
             return self._judge_failed(part, batch.errors)
-        files = []
-        for kind, file_id in batch.files:
-            files.append(await self._batches.download(file_id, f"{part.path}.{kind}{LINES}"))
+        files = [await self._batches.download(name, f"{part.path}.{kind}{LINES}") for kind, name in batch.files]
         self._report.bill.held -= part.held
         rows = list(read_rows(part.path + ROWS))
         jobs = self._collector.plan(rows, overwrite=part.overwrite, is_report=False)
@@ -5934,16 +5940,12 @@ class BatchRun:
             save_part(part)
             return False
         rows = list(read_rows(part.path + ROWS))
-        by_id: dict[str, list[Row]] = {}
-        for row in rows:
-            by_id.setdefault(row.custom_id, []).append(row)
-        lines = list(by_id.values())
+        lines = list(group_rows(rows).values())
         wrong = {number: error for number, error in errors if 0 < number <= len(lines)}
         for number, error in wrong.items():
             for row in lines[number - 1]:
-                image = os.path.join(self._image_dir, *row.image.split("/"))
                 detail = f"line {number} of its batch: {error}; mend it or take it out"
-                self._report.record(Failed(image, "rejected", detail))
+                self._report.record(Failed(path_below(self._image_dir, row.image), "rejected", detail))
         remove_part(part)
         if not wrong:
             raise StopRun(f"the server rejects the batch: {said}")
@@ -5959,8 +5961,7 @@ async def send_batches(
     stop = Stop()
     folder = os.path.join(journal.folder, settings.batch_name)
     before, total = report.recorded, len(jobs) + sum(1 for _ in waiting_rows(folder))
-    quiet = log.level > logging.INFO
-    with show_progress(total, report, unit="image", quiet=quiet) as update, end_on_signals(stop):
+    with show_progress(total, report, unit="image", quiet=log.level > logging.INFO) as update, end_on_signals(stop):
         try:
             async with open_client(settings) as client:
                 batch = BatchRun(settings, recipe, image_dir, journal, report, client, stop)
@@ -6069,7 +6070,8 @@ async def import_results(
     collector = Collector(settings, recipe, image_dir, journal, report, stop)
     planned = collector.plan(rows, overwrite=settings.overwrite)
     ready, _ = prepare_run([*planned.values()], settings.caption_dir or image_dir, journal, report)
-    jobs = {name: job for name, job in planned.items() if job in ready} if len(ready) < len(planned) else planned
+    usable = set(ready)
+    jobs = {name: job for name, job in planned.items() if job in usable}
     with end_on_signals(stop):
         before = report.recorded
         _, missing = await collector.collect(results, rows, jobs)

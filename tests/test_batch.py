@@ -42,6 +42,16 @@ def wait_for(condition: Callable[[], Any]) -> None:
         pass
 
 
+def leave_waiting(tool: Tool, server: Server, *arguments: str) -> None:
+    """Submit all images, and end the run while the server holds its batches."""
+    server.batch(hold=True)
+    process = start_batch(tool, *arguments)
+    polls = 2 if SMALL_PARTS[0] in arguments else 1  # the first parts are submitted by then
+    wait_for(lambda: server.stats()["calls"].count("GET batches") >= polls)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+
+
 def state_files(tool: Tool) -> list[str]:
     return sorted(path.name for path in (tool.folder / "images" / ".gen-captions" / "batch").iterdir())
 
@@ -226,11 +236,7 @@ def test_half_an_output_is_kept_though_nothing_was_counted(tool: Tool, server: S
 def test_what_is_answered_is_collected_before_anything_is_asked(
     tool: Tool, server: Server, images: Path, make_image: ImageMaker
 ) -> None:
-    server.batch(hold=True)
-    process = start_batch(tool)
-    wait_for(lambda: "GET batches" in server.stats()["calls"])
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    leave_waiting(tool, server)
     make_image("new.png")
     server.batch(live={"error": {"message": "no money", "code": "insufficient_quota"}})
     assert "out of money" in tool("--image-dir", "images", "--batch", code=3).stderr
@@ -239,11 +245,7 @@ def test_what_is_answered_is_collected_before_anything_is_asked(
 
 @pytest.mark.usefixtures("images")
 def test_a_run_names_what_waits_in_the_batch_of_a_shard(tool: Tool, server: Server) -> None:
-    server.batch(hold=True)
-    process = start_batch(tool, "--shard", "1/1")
-    wait_for(lambda: "GET batches" in server.stats()["calls"])
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    leave_waiting(tool, server, "--shard", "1/1")
     assert "waits in a batch 7" in tool("--image-dir", "images", "--batch").stderr
 
 
@@ -319,11 +321,7 @@ def test_a_budget_holds_what_earlier_runs_have_sent(tool: Tool, server: Server) 
 
 @pytest.mark.usefixtures("images")
 def test_a_batch_that_the_server_forgot_keeps_no_other_from_being_collected(tool: Tool, server: Server) -> None:
-    server.batch(hold=True)
-    process = start_batch(tool, *SMALL_PARTS)
-    wait_for(lambda: server.stats()["calls"].count("GET batches") >= 2)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    leave_waiting(tool, server, *SMALL_PARTS)
     folder = tool.folder / "images" / ".gen-captions" / "batch"
     first = min(folder.glob("*Z-???.json"))
     first.write_text(first.read_text().replace('"batch-', '"batch-0'))
@@ -359,11 +357,7 @@ def test_a_full_disk_stops_before_anything_is_sent(tool: Tool) -> None:
 @pytest.mark.usefixtures("images")
 def test_captions_to_renew_are_renewed_by_a_later_run_without_the_flag(tool: Tool, server: Server) -> None:
     tool("--image-dir", "images")
-    server.batch(hold=True)
-    process = start_batch(tool, "--overwrite", "--prompt", "Another.")
-    wait_for(lambda: "GET batches" in server.stats()["calls"])
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    leave_waiting(tool, server, "--overwrite", "--prompt", "Another.")
     server.batch()
     assert "captioned 7" in tool("--image-dir", "images", "--batch", "--prompt", "Another.").stderr.lower()
 
@@ -456,11 +450,7 @@ def test_the_gate_judges_each_answer_and_the_journal_remembers(tool: Tool, serve
 
 @pytest.mark.usefixtures("images")
 def test_a_live_run_leaves_alone_what_waits_in_a_batch(tool: Tool, server: Server) -> None:
-    server.batch(hold=True)
-    process = start_batch(tool)
-    wait_for(lambda: "GET batches" in server.stats()["calls"])
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    leave_waiting(tool, server)
     assert "waits in a batch 7" in tool("--image-dir", "images").stderr
     assert "skipped: waits in a batch" in tool("-n", "--image-dir", "images").stdout
     err = tool("--image-dir", "images", "--batch", "--prompt", "Another.", code=2).stderr
