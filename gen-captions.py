@@ -39,6 +39,7 @@ Read it from top to bottom; each room uses only rooms above it:
     Encoding           what a file's bytes are, and what they should be
     Repair             the walk through captions and config files that need it
     Review             what is wrong with a set as the trainer will see it; the page
+    Local              a model on this machine: found, downloaded, and served by a process of its own
     Run                what there is to do, and all made ready for it
     Caption            one image from file to caption
     Batch run          parts out, answers in
@@ -67,8 +68,10 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -120,6 +123,9 @@ def shorten(text: str, limit: int = 300) -> str:
 OPENAI_URL = "https://api.openai.com/v1"
 KEY_PLACEHOLDER = "your-key-here"  # what .env.example holds
 BATCHES = "batch"  # what the folders of batches in the state folder begin with
+LOCAL_MODEL = "Qwen/Qwen3-VL-2B-Instruct-GGUF:Q4_K_M"  # Apache 2.0, 1.55 GB with its projector
+LOCAL_URL = "http://127.0.0.1/v1"  # until the engine has a port
+LOCAL_TIMEOUT_S = 900.0  # without a graphics card an image takes a minute, and more for a large model
 LOCAL_WORKERS = 2  # a server on this machine answers slower the more it is asked at once
 FLEX_TIMEOUT_S = 900.0  # https://developers.openai.com/api/docs/guides/flex-processing
 IMAGE_SUFFIXES = {
@@ -204,6 +210,18 @@ def parse_model(text: str) -> str:
     return text
 
 
+def is_path(model: str) -> bool:
+    """Return whether a local model is a file of the user's, not a repository at Hugging Face."""
+    return model.lower().endswith(".gguf")
+
+
+def parse_local(text: str) -> str:
+    """Return a path of a .gguf, or owner/name:quant."""
+    if not is_path(text) and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", text):
+        raise ValueError
+    return text
+
+
 def parse_trigger(text: str) -> str:
     """Return the trigger word, or several words: anything that fits into one line of a caption."""
     if not text.isprintable() or len(text) > 100 or not any(c.isalnum() for c in text) or looks_secret(text):
@@ -284,6 +302,7 @@ SWITCH = Kind(bool, "", "")
 SECRET = Kind(parse_key, "a key of printable ASCII characters without spaces", "")  # never a flag: others see those
 URL = Kind(parse_url, "a URL such as http://localhost:11434/v1, without a user or a query", "URL")
 MODEL = Kind(parse_model, "a model's name", "NAME")
+GGUF = Kind(parse_local, "owner/name or owner/name:quant at Hugging Face, or a path to a .gguf", "MODEL")
 STYLE = one_of("prose", "short", "tags")
 TRIGGER = Kind(parse_trigger, "a word, or a few, of at most 100 characters", "WORD")
 METADATA = Kind(parse_metadata, "a file whose name ends in .jsonl or .json", "FILE")
@@ -334,6 +353,9 @@ class Settings:
     api_key: str = setting(HOW, SECRET, "key of the server", "", "OPENAI_API_KEY")
     base_url: str = setting(HOW, URL, "server that speaks OpenAI's API", OPENAI_URL, "OPENAI_BASE_URL")
     model: str = setting(HOW, MODEL, "vision model", "gpt-6-luna", "GETCAP_MODEL")
+    local: str | None = setting(
+        HOW, GGUF, "a model on this machine, no key: a .gguf, or owner/name:quant at Hugging Face; else a small one"
+    )
     prompt: str | None = setting(
         HOW, TEXT, "what the model is told; else prompt.txt, else the built-in one", None, "GETCAP_PROMPT"
     )
@@ -434,6 +456,11 @@ class Settings:
         return "journal-{}-of-{}".format(*self.shard) if self.shard else "journal"
 
     @property
+    def engine_log(self) -> str:
+        """The name of the log of this run's local engine, beside the journal."""
+        return self.journal_name.replace("journal", "engine") + ".log"
+
+    @property
     def batch_name(self) -> str:
         """The name of the folder of this run's batches, beside the journal."""
         return self.journal_name.replace("journal", BATCHES)
@@ -492,7 +519,7 @@ def build_parser() -> Parser:
         elif spec.kind is not SECRET:
             words = spec.kind.metavar.split()
             values: dict[str, Any] = {"nargs": len(words), "metavar": tuple(words)} if len(words) > 1 else {}
-            values |= {"nargs": "?", "const": True} if spec.kind is PAGE_FILE else {}
+            values |= {"nargs": "?", "const": True} if spec.kind in {PAGE_FILE, GGUF} else {}
             values |= {"nargs": "+"} if spec.kind is FILES else {}
             groups[spec.group].add_argument(*flags, **{"metavar": words[0], **values}, help=spec.help + note)
     groups[SHOW].add_argument("-V", "--version", action="version", version=f"gen-captions {__version__}")
@@ -543,13 +570,26 @@ def resolve_settings(
             elif text and text.strip():
                 chosen[item.name] = parse_value(source, spec.kind, text)
                 break
+    if chosen.get("local"):
+        chosen |= choose_local(chosen["local"], flags)
     if "thread_pool" not in chosen and is_this_machine(chosen.get("base_url", OPENAI_URL)):
         chosen["thread_pool"] = LOCAL_WORKERS
-    if "timeout" not in chosen and chosen.get("service_tier") == "flex":
-        chosen["timeout"] = FLEX_TIMEOUT_S
+    if "timeout" not in chosen and (chosen.get("service_tier") == "flex" or chosen.get("local")):
+        chosen["timeout"] = LOCAL_TIMEOUT_S if chosen.get("local") else FLEX_TIMEOUT_S
     if chosen["verbose"] and chosen["quiet"]:
         raise SettingsError("-v and -q: take one of them")
     return Settings(**chosen)
+
+
+def choose_local(local: str | bool, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that --local implies, whatever variables say of another server."""
+    for name in ("model", "base_url", "service_tier", "price", "max_cost"):
+        if flags.get(name):
+            raise SettingsError(f"--local and {flag_name(name)}: take one of them")
+    local = LOCAL_MODEL if local is True else str(local)
+    name = os.path.basename(local).removesuffix(".gguf") if is_path(local) else local
+    server = {"local": local, "model": name, "base_url": LOCAL_URL, "api_key": ""}
+    return server | dict.fromkeys(("service_tier", "price", "max_cost"))
 
 
 def is_this_machine(url: str) -> bool:
@@ -873,6 +913,25 @@ def has_caption(path: str) -> bool:
         return True
 
 
+def open_locked(path: str, *, shared: bool = False) -> int:
+    """Return the descriptor of a file that is appended to, by this run only. Raises OSError; StopRun if another has it.
+
+    Others may have it too where the lock is shared.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    with contextlib.suppress(ImportError):  # Windows has no fcntl; some network folders have no locks
+        import fcntl
+
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise StopRun(f"{printable(path)}: another run is at work there; wait for its end") from None
+        except OSError:
+            log.debug("%s: cannot be locked", printable(path))
+    return handle
+
+
 def hash_file(path: str) -> str:
     """Return a file's SHA-256 in hex. Raises OSError."""
     with open(path, "rb", opener=lambda name, _: os.open(name, READ_ONLY)) as file:
@@ -1046,27 +1105,13 @@ class Journal:
         os.makedirs(self.folder, exist_ok=True)
         whole = os.path.join(self.folder, "journal.jsonl")
         if self._path != whole:  # parts of a set may be at work beside each other, and not beside a run of it all
-            self._whole = self._lock_file(whole, shared=True)
-        self._handle = self._lock_file(self._path, shared=False)
+            self._whole = open_locked(whole, shared=True)
+        self._handle = open_locked(self._path)
         size = os.fstat(self._handle).st_size
         if as_read and self._read not in {-1, size}:
             raise StopRun(f"{printable(self._path)}: another run wrote there since this one looked; run again")
         os.lseek(self._handle, max(0, size - 1), os.SEEK_SET)
         self._torn = size > 0 and os.read(self._handle, 1) != b"\n"  # by a crash
-
-    def _lock_file(self, path: str, *, shared: bool) -> int:
-        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        with contextlib.suppress(ImportError):  # Windows has no fcntl; some network folders have no locks
-            import fcntl
-
-            try:
-                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                raise StopRun(f"{printable(path)}: another run is at work there; wait for its end") from None
-            except OSError:
-                log.debug("%s: cannot be locked", printable(path))
-        return handle
 
     def append(self, caption: str, entry: Entry, **more: Any) -> None:
         """Write one entry, and what else is worth knowing of it, to the disk. Raises OSError."""
@@ -3314,6 +3359,8 @@ class Asker:
         self.parameters = first_parameters(settings)
         self.is_proven = False  # whether the server has answered: key, model and address are right then
         self._first = asyncio.Lock()
+        self._server_up = asyncio.Event()
+        self._server_up.set()
         self._warned = self._warned_of_tier = False
         retrying = keep_trying(settings, stop, lambda state: printable(state.args[0].path))
         self._attempt_often = retrying.wraps(self._attempt)
@@ -3329,6 +3376,17 @@ class Asker:
                     return await self._ask(question)
         return await self._ask(question)
 
+    def follow(self, news: str | StopRun) -> None:
+        """Heed what is said of a server of our own: blank while it is down, its new URL, or why the run must end."""
+        if isinstance(news, StopRun):
+            self._stop.set(news)
+        elif news:
+            self._client.base_url = news
+        if news:
+            self._server_up.set()
+        else:
+            self._server_up.clear()
+
     async def _ask(self, question: Question) -> str:
         for budget in (1, 2):
             with contextlib.suppress(CutOff):
@@ -3341,6 +3399,7 @@ class Asker:
         most = Usage(question.expected.usage.prompt, self._settings.max_tokens * budget)
         while True:
             sent = self.parameters
+            await self._server_up.wait()
             ticket = await self._throttle.turn(most)
             log.debug("%s: asking, %d KB", printable(question.path), len(question.image) // 1000)
             question.attempts += 1
@@ -4963,6 +5022,550 @@ def build_page(
     )
 
 
+# --------------------------------------------------------------------------------------------------- Local
+
+LOCAL_SERVERS = (  # name, URL, where it tells of its models and what they take
+    ("Ollama", "http://127.0.0.1:11434", ("/api/tags", "/api/show")),
+    ("LM Studio", "http://127.0.0.1:1234", ("/api/v0/models",)),
+    ("llama.cpp", "http://127.0.0.1:8080", ("/v1/models", "/props")),
+    ("vLLM", "http://127.0.0.1:8000", ("/v1/models",)),
+)
+LOOK_S = 0.5
+
+
+def ask_local(url: str, body: dict[str, Any] | None = None, key: str = "") -> dict[str, Any]:
+    """Return the JSON object that a server on this machine answers with, empty when there is none."""
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = Request(url, json.dumps(body).encode() if body else None, headers)  # noqa: S310
+    try:
+        until, text = time.monotonic() + LOOK_S, b""
+        with build_opener(ProxyHandler({})).open(request, timeout=LOOK_S) as response:
+            while time.monotonic() < until and (chunk := response.read1(1 << 16)):
+                text += chunk
+        found = json.loads(text)
+    except Exception:  # whatever listens there need not speak HTTP
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def find_vision_model(url: str, paths: Sequence[str]) -> str:
+    """Return a model of a server on this machine that takes images, as far as it tells; blank when there is none.
+
+    Sources: https://docs.ollama.com/api; https://lmstudio.ai/docs/developer/rest/endpoints;
+    https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
+    """
+    listed = ask_local(url + paths[0])
+    models = listed.get("models") if paths[0] == "/api/tags" else listed.get("data")
+    models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    for model in models[:20]:
+        name = str(model.get("name") or model.get("id") or "")
+        match paths[-1]:
+            case "/api/show":
+                takes_images = "vision" in (ask_local(url + paths[-1], {"model": name}).get("capabilities") or ())
+            case "/api/v0/models":
+                takes_images = model.get("type") == "vlm"
+            case "/props":
+                modalities = ask_local(url + paths[-1]).get("modalities")
+                takes_images = isinstance(modalities, dict) and modalities.get("vision") is True
+            case _:
+                takes_images = model.get("owned_by") == "vllm"
+        if name and takes_images and not looks_secret(name):
+            return printable(name)
+    return ""
+
+
+def describe_local_servers(servers: Sequence[tuple[str, str, Sequence[str]]] = LOCAL_SERVERS) -> str:
+    """Return how to use the servers with a vision model that run on this machine, blank when there is none."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(servers)) as pool:
+        models = pool.map(find_vision_model, *zip(*((url, paths) for _, url, paths in servers), strict=True))
+        found = [(name, url, model) for (name, url, _), model in zip(servers, models, strict=True) if model]
+    return "".join(f"; {name} runs here: add --base-url {url}/v1 --model {model}" for name, url, model in found)
+
+
+# Commits of the repositories that README names, so that what it says of them stays true.
+PINNED = {
+    "Qwen/Qwen3-VL-2B-Instruct-GGUF": "52d6c8ffea26cc873ac5ad116f8631268d7eb503",
+    "Qwen/Qwen3-VL-4B-Instruct-GGUF": "1cd86afb9a95c410a6038ab3b40d8b578c892266",
+    "Qwen/Qwen3-VL-8B-Instruct-GGUF": "f982a07559d4a2f6c8744d840bf6fccab30eea96",
+    "concedo/llama-joycaption-beta-one-hf-llava-mmproj-gguf": "acfe6bf78ae4e411cd5c7c8f4a71ba01f26a5b97",
+}
+SHA256 = {  # of the default model; of others the hub says it
+    "Qwen3VL-2B-Instruct-Q4_K_M.gguf": "089d75c52f4b7ffc56ba998ffc50aae89fcafc755f9e7208aacca281dca6c2ae",
+    "mmproj-Qwen3VL-2B-Instruct-Q8_0.gguf": "f9a68fabba69c3b81e153367b2c7521030b0fa8bb0de400c9599c8e6725f9c82",
+}
+QUANTS = ("q4_k_m", "q8_0")  # taken when none is named, in this order, as llama.cpp does; else the first by name
+PROJECTOR_QUANTS = ("q8_0", "f16", "bf16")  # a smaller one would see less
+GET_ENGINE = "pip install -r requirements-local.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A vision model on disk: llama.cpp wants the model and its image projector (mmproj) as two GGUF files."""
+
+    model: str
+    projector: str
+    parts: tuple[str, ...] = ()  # of a model that is split; the first is the model
+
+
+def words_of(name: str) -> set[str]:
+    """Return the words of a file's name but for its quantization, in lower case."""
+    words = re.split(r"[-._\s]+", os.path.basename(name).lower())
+    return {word for word in words if not re.fullmatch(r"b?f\d+|i?q\d|\d|k|[sml]|xl", word)}
+
+
+def has_quant(name: str, quant: str) -> bool:
+    """Return whether a file's name says that it is of this quantization; a blank one is any."""
+    return bool(re.search(rf"(?i)(?<![a-z0-9]){re.escape(quant)}(?!_?[a-z0-9])", os.path.basename(name))) or not quant
+
+
+def choose_files(names: Iterable[str], quant: str = "") -> ModelFiles:
+    """Return which of these files make a vision model of this quantization; raises ValueError when none do."""
+    ggufs = sorted(name for name in names if name.lower().endswith(".gguf") and "imatrix" not in name.lower())
+    projectors = [name for name in ggufs if "mmproj" in name.lower()]
+    models = [name for name in ggufs if name not in projectors and not re.search(r"-0*[2-9]\d*-of-\d+\.gguf$", name)]
+    if not models:
+        raise ValueError("it holds no model in GGUF format")
+    fitting = [name for q in ([quant] if quant else [*QUANTS, ""]) for name in models if has_quant(name, q)]
+    if not fitting:
+        raise ValueError(f"it has no {quant}; it has {', '.join(map(os.path.basename, models))}")
+    model = fitting[0]
+    if not projectors:
+        raise ValueError("it has no mmproj file, and without one a model sees no image")
+    stem = re.sub(r"-\d+-of-\d+\.gguf$", "", model)
+    count = int(match[1]) if (match := re.search(r"-of-(\d+)\.gguf$", model)) else 1
+    parts = [name for name in ggufs if name == model or (count > 1 and re.match(rf"{re.escape(stem)}-\d+-of-", name))]
+    if len(parts) < count:
+        raise ValueError(f"of the {count} parts of {os.path.basename(model)} it has {len(parts)}")
+    return ModelFiles(model, choose_projector(projectors, model), tuple(parts))
+
+
+def choose_projector(names: Sequence[str], model: str) -> str:
+    """Return the projector that shares most words of its name with the model's, of these the best quantization."""
+
+    def rank(name: str) -> tuple[int, int]:
+        quant = next((i for i, q in enumerate(PROJECTOR_QUANTS) if has_quant(name, q)), len(PROJECTOR_QUANTS))
+        return -len(words_of(name) & words_of(model)), quant
+
+    return min(names, key=rank)
+
+
+def find_files(path: str) -> ModelFiles:
+    """Return a model on this disk, with the projector beside it. Raises SettingsError."""
+    shown = f"--local: {printable(path)}"
+    folder = os.path.dirname(path)
+    try:
+        with open(path, "rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+        beside = [os.path.join(folder, name) for name in os.listdir(folder or ".")]
+    except OSError as error:
+        raise SettingsError(f"{shown}: cannot be read: {error.strerror}") from None
+    if not is_gguf:
+        raise SettingsError(f"{shown}: is no GGUF file")
+    if "mmproj" in os.path.basename(path).lower():
+        raise SettingsError(f"{shown}: is a projector; name the model that it belongs to")
+    projectors = [
+        name for name in beside if name.lower().endswith(".gguf") and "mmproj" in os.path.basename(name).lower()
+    ]
+    if not projectors:
+        raise SettingsError(f"{shown}: no mmproj file lies beside it, and without one a model sees no image")
+    return ModelFiles(path, choose_projector(projectors, path))
+
+
+def split_name(model: str) -> tuple[str, str]:
+    """Return the repository and the quantization of owner/name:quant, the latter blank when it is not named."""
+    repo, _, quant = model.partition(":")
+    return repo, quant
+
+
+def find_in_cache(model: str) -> ModelFiles | None:
+    """Return a model that the cache of Hugging Face has whole; no connection is opened."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, quant = split_name(model)
+    try:
+        folder = snapshot_download(repo, revision=PINNED.get(repo), local_files_only=True)
+        names = [os.path.join(at, name) for at, _, found in os.walk(folder) for name in found]
+        return choose_files([name for name in names if os.path.exists(name)], quant)
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+
+
+def make_bar(step: float = 0.1) -> Callable[..., Any]:
+    """Return what makes the bar of a download, which says a line at each step where there is no terminal."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        """A bar of bytes."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, file=sys.stderr, disable=None, dynamic_ncols=True)
+            self._size, self._done = options.get("total") or 0, options.get("initial") or 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Count bytes."""
+            before, self._done = self._done, self._done + (n or 0)
+            if self.disable and self._size and self._done / self._size // step > before / self._size // step:
+                log.info("%d %% of %.2f GB", 100 * self._done / self._size, self._size / 1e9)
+            return super().update(n)
+
+    return Bar
+
+
+def fetch_file(repo: str, revision: str, name: str, size: int, sha256: str, blobs: str) -> None:
+    """Bring a file of a repository into the cache, going on where an earlier try broke off. Raises OSError, StopRun.
+
+    The hub's own library starts anew after a broken run, and does not look at the hash.
+    """
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    blob = os.path.join(blobs, sha256)
+    part = f"{blob}.gen-captions.incomplete"
+    if not os.path.exists(blob):
+        os.makedirs(blobs, exist_ok=True)
+        url = hf_hub_url(repo, name, revision=revision)
+        with open(open_locked(part), "ab") as stream:
+            have, headers = stream.seek(0, os.SEEK_END), build_hf_headers()
+            http_get(url, stream, resume_size=have, headers=headers, expected_size=size, tqdm_class=make_bar())
+        if hash_file(part) != sha256:
+            os.unlink(part)
+            raise StopRun(f"{name}: what came from {url} is not what its hash says; it is removed, run again")
+        os.replace(part, blob)
+    hf_hub_download(repo, name, revision=revision)  # finds the bytes there, and files them as its readers expect
+
+
+def describe_hub(error: Exception, repo: str, endpoint: str) -> str:
+    """Return why a model cannot be had, and what to do."""
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():
+            return f"its terms are to be accepted at {endpoint}/{repo}; then put a token into HF_TOKEN"
+        case errors.RepositoryNotFoundError():
+            return f"{endpoint} has no such repository, or it wants a token in HF_TOKEN"
+        case errors.RevisionNotFoundError():
+            return f"{endpoint} does not have the commit {PINNED.get(repo)} of it any more"
+        case errors.HfHubHTTPError():
+            return f"{endpoint} answers HTTP {error.response.status_code}; run again later"
+        case errors.OfflineModeIsEnabled():
+            return "it is not in the cache, and HF_HUB_OFFLINE forbids to download it"
+        case OSError() if error.errno:
+            return f"{error.strerror}; run again after that"
+    words = shorten(str(error) or type(error).__name__, 120)
+    return f"{endpoint} cannot be reached: {words}; run again, and the download goes on where it was"
+
+
+def fetch_model(model: str) -> ModelFiles:
+    """Download a model from Hugging Face into its cache. Raises SettingsError for one that cannot be, StopRun."""
+    from huggingface_hub import HfApi, constants
+
+    repo, quant = split_name(model)
+    try:
+        found = HfApi().model_info(repo, revision=PINNED.get(repo), files_metadata=True)
+        try:
+            files = choose_files([file.rfilename for file in found.siblings or ()], quant)
+        except ValueError as error:
+            raise SettingsError(f"--local: {repo}: {error}") from None
+        wanted = [file for file in found.siblings or () if file.rfilename in {*files.parts, files.projector}]
+        size = sum(file.size or 0 for file in wanted)
+        names = " and ".join(file.rfilename for file in wanted)
+        where = os.path.join(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
+        log.info(
+            "downloading once: %s, %.2f GB, from %s/%s to %s",
+            names,
+            size / 1e9,
+            constants.ENDPOINT,
+            repo,
+            printable(where),
+        )
+        for file in wanted:
+            sha256 = SHA256.get(file.rfilename) or (file.lfs.sha256 if file.lfs else "")
+            fetch_file(
+                repo, PINNED.get(repo, "main"), file.rfilename, file.size or 0, sha256, os.path.join(where, "blobs")
+            )
+    except (SettingsError, StopRun):
+        raise
+    except Exception as error:  # the hub's own kinds, those of its connection, and the disk's
+        raise StopRun(f"--local: {repo}: {describe_hub(error, repo, constants.ENDPOINT)}") from error
+    return find_in_cache(model) or files
+
+
+def has_module(name: str) -> bool:
+    """Return whether an optional package is installed."""
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+def check_engine(model: str) -> None:
+    """Raise the SettingsError that names what is to be installed for a local model, or that its file is no good."""
+    if not has_module("xllamacpp") and (os.name == "nt" or not shutil.which("llama-server")):
+        raise SettingsError(f"--local: no engine is installed: {GET_ENGINE} (or have a llama-server on the PATH)")
+    if is_path(model):
+        find_files(model)
+    elif not has_module("huggingface_hub"):
+        raise SettingsError(f"--local: {model} is at Hugging Face: {GET_ENGINE}; or name a .gguf file")
+
+
+IMAGE_TOKENS = 3328  # 13 tiles of 256, the most of the models that tile; models of any size are held to it
+PROMPT_TOKENS = 1024
+# Without them small models loop: https://github.com/QwenLM/Qwen3-VL#evaluation-reproduction
+SAMPLING = {"temp": 0.7, "top_p": 0.8, "top_k": 20, "penalty_present": 1.5}
+PORT_TAKEN = r"couldn't bind|address already in use"
+PORTS_TRIED = 3
+ENDS = (  # what the engine's end and its log say, and what it means
+    (PORT_TAKEN, "found its port taken"),
+    (
+        r"^exit -4$|^exit 3221225501$",
+        "needs instructions that this processor does not have: build xllamacpp from source",
+    ),
+    (r"^exit -9$", "was killed, perhaps for want of memory: take a smaller model, or lower GETCAP_THREAD_POOL"),
+    (
+        r"bad_alloc|failed to allocate|unable to allocate|out of memory|cannot allocate",
+        "had too little memory: take a smaller model, or lower GETCAP_THREAD_POOL",
+    ),
+    (
+        r"unknown model architecture|unknown projector type",
+        "does not know this kind of model: pip install -U xllamacpp",
+    ),
+    (
+        r"failed to load (?:clip|multimodal) model",
+        "cannot use the mmproj file with this model: take both from one repository",
+    ),
+    (
+        r"failed to load model|error loading model|invalid magic|tensor data",
+        "cannot read the model: its file is damaged",
+    ),
+)
+BE_ENGINE = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='engine')['serve_model']()"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine is started with."""
+
+    model: str
+    projector: str
+    name: str
+    port: int
+    key: str
+    slots: int  # images at a time
+    context: int  # tokens, of all slots together
+    threads: int
+
+
+def engine_options(settings: Settings, files: ModelFiles, processors: int) -> EngineOptions:
+    """Return the engine's options but for its port: room for an image, a prompt and an answer for each worker."""
+    tokens = IMAGE_TOKENS + PROMPT_TOKENS + 2 * settings.max_tokens
+    context = settings.thread_pool * 256 * math.ceil(tokens / 256)
+    # threads wait for each other busily: with one for each processor, anything else that runs makes it very slow
+    threads = max(1, processors - 1)
+    key = os.urandom(16).hex()
+    return EngineOptions(files.model, files.projector, settings.model, 0, key, settings.thread_pool, context, threads)
+
+
+def server_arguments(options: EngineOptions) -> list[str]:
+    """Return the command line of a llama-server; its key is in the environment, where others do not see it.
+
+    Source: https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
+    """
+    numbers: dict[str, float] = {
+        "--port": options.port,
+        "-np": options.slots,
+        "-c": options.context,
+        "-t": options.threads,
+        "-lv": 2,
+    }
+    numbers |= {"--image-max-tokens": IMAGE_TOKENS, "--cache-ram": 0, "--reasoning-budget": 0}
+    numbers |= dict(zip(("--temp", "--top-p", "--top-k", "--presence-penalty"), SAMPLING.values(), strict=True))
+    words = {"-m": options.model, "--mmproj": options.projector, "--alias": options.name, "--host": "127.0.0.1"}
+    return ["llama-server", *(str(part) for pair in (words | numbers).items() for part in pair)]
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process, whatever it does then, when nobody holds the other end of its standard input.
+
+    Loading a model holds the interpreter's lock, so that no thread of Python could see to it; Windows has no such way.
+    """
+    try:
+        import fcntl
+        import select
+    except ImportError:
+        return
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)  # SIGIO, whose default is the end
+    if select.select([0], [], [], 0)[0]:  # it was too late for the signal
+        os._exit(0)
+
+
+def serve_model() -> None:
+    """Be the engine, in a process of its own: read the options from standard input, serve until that ends."""
+    options = EngineOptions(**json.loads(sys.stdin.readline()))
+    end_with_parent()
+    if not has_module("xllamacpp"):
+        os.environ["LLAMA_API_KEY"] = options.key
+        os.execvp("llama-server", server_arguments(options))  # noqa: S606, S607
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.mmproj.path = options.model, options.projector
+    params.model_alias, params.api_keys = {options.name}, [options.key]
+    params.hostnames, params.port = ["127.0.0.1"], options.port
+    params.n_parallel, params.n_ctx = options.slots, options.context
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
+    params.image_max_tokens = IMAGE_TOKENS
+    params.enable_reasoning = 0
+    params.cache_ram_mib = 0  # of prompts: each image is asked about once
+    params.ui, params.cors_origins = False, ""
+    params.verbosity = 2
+    for name, value in SAMPLING.items():
+        setattr(params.sampling, name, value)
+    server = xllamacpp.Server(params)
+    sys.stdin.read()  # the end of it comes with our parent's
+    del server
+    os._exit(0)
+
+
+def describe_end(code: int, said: str) -> str:
+    """Return what an engine's exit code and log say of why it ended, and what to do."""
+    text = f"exit {code}\n{said}"
+    for pattern, meaning in ENDS:
+        if re.search(pattern, text, re.IGNORECASE | re.MULTILINE):
+            return meaning
+    errors = re.findall(r"^.* E (.+)$|^\w*Error: (.+)$", said, re.MULTILINE)
+    last = shorten(next((a or b for a, b in reversed(errors)), ""), 160)
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"{how}: {last}" if last else how
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class Engine:
+    """llama.cpp's server as a child process, on a port and with a key that only this run knows."""
+
+    def __init__(self, options: EngineOptions, log_path: str) -> None:
+        self._options = options
+        self._log_path = log_path
+        self._log_start = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._leash = -1  # the other end of its standard input: what holds it ends with us
+        self._closing = False
+
+    @property
+    def url(self) -> str:
+        """Where it listens; another one after each start."""
+        return f"http://127.0.0.1:{self._options.port}/v1"
+
+    def direct(self, settings: Settings) -> Settings:
+        """Return the settings that lead to it."""
+        return dataclasses.replace(settings, base_url=self.url, api_key=self._options.key)
+
+    def start(self) -> None:
+        """Start it and wait until it answers. Raises StopRun that says why it does not."""
+        problem = ""
+        for _ in range(PORTS_TRIED):
+            self._options = dataclasses.replace(self._options, port=free_port())
+            if not (problem := self._launch()) or not problem.startswith(ENDS[0][1]):
+                break
+        if problem:
+            raise StopRun(f"the engine {problem}; see {printable(self._log_path)}")
+
+    def _launch(self) -> str:
+        """Start the process and wait until it answers; return why it does not, or nothing."""
+        command = [sys.executable, "-P", "-c", BE_ENGINE, __file__]
+        self._drop()
+        its_end, self._leash = os.pipe()
+        with open(self._log_path, "ab") as stream:
+            self._log_start = stream.tell()
+            # in a session of its own, since the first Ctrl-C ends neither it nor the answers on their way
+            process = subprocess.Popen(command, stdin=its_end, stdout=stream, stderr=stream, start_new_session=True)  # noqa: S603
+        os.close(its_end)
+        self._process = process
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._leash, json.dumps(dataclasses.asdict(self._options)).encode() + b"\n")
+        while ask_local(self.url.replace("/v1", "/health")).get("status") != "ok":
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return describe_end(process.wait(0.1), self._said())
+        listed = ask_local(f"{self.url}/models", key=self._options.key).get("data") or [{}]
+        if "image" not in listed[0].get("architecture", {}).get("input_modalities", ["image"]):
+            return "loads the model, and it takes no images; name a vision model"
+        return ""
+
+    def _said(self) -> str:
+        """Return the end of the log, since the last start at the most."""
+        with open(self._log_path, "rb") as file:
+            file.seek(max(self._log_start, os.path.getsize(self._log_path) - (1 << 16)))
+            return file.read().decode("utf-8", "replace")
+
+    def watch(self, tell: Callable[[str | StopRun], object]) -> None:
+        """From now on start it anew when it ends, once; `tell` hears, in a thread, what Asker.follow wants to hear."""
+        threading.Thread(target=self._watch, args=(tell,), daemon=True).start()
+
+    def _watch(self, tell: Callable[[str | StopRun], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # who wants to know is gone
+            self._keep_up(tell)
+
+    def _keep_up(self, tell: Callable[[str | StopRun], object]) -> None:
+        for attempt in (1, 2):
+            code = self._process.wait() if self._process else 0
+            if self._closing:
+                return
+            tell("")
+            why = describe_end(code, self._said())
+            if attempt == 2:
+                tell(StopRun(f"the engine {why}, for the second time; see {printable(self._log_path)}"))
+                return
+            log.warning("the engine %s; it is started once more; see %s", why, printable(self._log_path))
+            try:
+                self.start()
+            except StopRun as cause:
+                tell(cause)
+                return
+            tell(self.url)
+
+    def close(self) -> None:
+        """End it at once: no answer is waited for any more."""
+        self._closing = True
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._leash >= 0:
+            os.close(self._leash)
+        self._leash = -1
+
+
+@contextlib.contextmanager
+def open_engine(settings: Settings, log_path: str) -> Iterator[Engine]:
+    """Yield the engine that --local asks for, its model downloaded if need be. Raises SettingsError and StopRun."""
+    model = str(settings.local)
+    files = find_files(model) if is_path(model) else find_in_cache(model) or fetch_model(model)
+    log.info("loading %s", printable(files.model))
+    with open(log_path, "wb"):  # that of the run before has served
+        engine = Engine(engine_options(settings, files, os.cpu_count() or 1), log_path)
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.close()
+
+
 # ----------------------------------------------------------------------------------------------------- Run
 
 
@@ -5037,69 +5640,10 @@ def is_untouched(jobs: Iterable[Job]) -> bool:
         return False
 
 
-LOCAL_SERVERS = (  # name, URL, where it tells of its models and what they take
-    ("Ollama", "http://127.0.0.1:11434", ("/api/tags", "/api/show")),
-    ("LM Studio", "http://127.0.0.1:1234", ("/api/v0/models",)),
-    ("llama.cpp", "http://127.0.0.1:8080", ("/v1/models", "/props")),
-    ("vLLM", "http://127.0.0.1:8000", ("/v1/models",)),
-)
-LOOK_S = 0.5
-
-
-def ask_local(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the JSON object that a server on this machine answers with, empty when there is none."""
-    from urllib.request import ProxyHandler, Request, build_opener
-
-    data = json.dumps(body).encode() if body else None
-    try:
-        until, text = time.monotonic() + LOOK_S, b""
-        with build_opener(ProxyHandler({})).open(Request(url, data), timeout=LOOK_S) as response:  # noqa: S310
-            while time.monotonic() < until and (chunk := response.read1(1 << 16)):
-                text += chunk
-        found = json.loads(text)
-    except Exception:  # whatever listens there need not speak HTTP
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def find_vision_model(url: str, paths: Sequence[str]) -> str:
-    """Return a model of a server on this machine that takes images, as far as it tells; blank when there is none.
-
-    Sources: https://docs.ollama.com/api; https://lmstudio.ai/docs/developer/rest/endpoints;
-    https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
-    """
-    listed = ask_local(url + paths[0])
-    models = listed.get("models") if paths[0] == "/api/tags" else listed.get("data")
-    models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
-    for model in models[:20]:
-        name = str(model.get("name") or model.get("id") or "")
-        match paths[-1]:
-            case "/api/show":
-                takes_images = "vision" in (ask_local(url + paths[-1], {"model": name}).get("capabilities") or ())
-            case "/api/v0/models":
-                takes_images = model.get("type") == "vlm"
-            case "/props":
-                modalities = ask_local(url + paths[-1]).get("modalities")
-                takes_images = isinstance(modalities, dict) and modalities.get("vision") is True
-            case _:
-                takes_images = model.get("owned_by") == "vllm"
-        if name and takes_images and not looks_secret(name):
-            return printable(name)
-    return ""
-
-
-def describe_local_servers(servers: Sequence[tuple[str, str, Sequence[str]]] = LOCAL_SERVERS) -> str:
-    """Return how to use the servers with a vision model that run on this machine, blank when there is none."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(len(servers)) as pool:
-        models = pool.map(find_vision_model, *zip(*((url, paths) for _, url, paths in servers), strict=True))
-        found = [(name, url, model) for (name, url, _), model in zip(servers, models, strict=True) if model]
-    return "".join(f"; {name} runs here: add --base-url {url}/v1 --model {model}" for name, url, model in found)
-
-
 def check_key(settings: Settings) -> None:
     """Raise the error that shows the ways on when there is no key and the server needs one."""
+    if settings.local:
+        check_engine(settings.local)
     if is_this_machine(settings.base_url) or settings.api_key not in {"", KEY_PLACEHOLDER}:
         return
     state = "still the placeholder of .env.example" if settings.api_key else "not set"
@@ -5107,8 +5651,8 @@ def check_key(settings: Settings) -> None:
     raise SettingsError(
         f"OPENAI_API_KEY is {state}. Put a key from https://platform.openai.com/api-keys into .env or the "
         "environment; or set OPENAI_BASE_URL to another server that speaks OpenAI's API, with its key (any word "
-        "where it wants none); or to a server on this machine, which needs no key: http://localhost:11434/v1 is Ollama"
-        + here
+        "where it wants none); or to a server on this machine, without any: http://localhost:11434/v1 is Ollama; "
+        "or take --local, which brings a model of its own" + here
     )
 
 
@@ -5490,13 +6034,20 @@ class Captioner:
 
 
 async def caption_images(
-    settings: Settings, _image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
+    settings: Settings,
+    _image_dir: Path,
+    recipe: Recipe,
+    jobs: Sequence[Job],
+    journal: Journal,
+    report: Report,
+    engine: Engine | None = None,
 ) -> None:
     """Caption the images of a plan; the report has the outcomes, and why the run ended early if it did."""
     import asyncio
 
     stop = Stop()
     before = report.recorded
+    settings = engine.direct(settings) if engine else settings
     with show_progress(len(jobs), report, unit="image", quiet=log.level > logging.INFO) as update, end_on_signals(stop):
         try:
             async with open_client(settings) as client:
@@ -5504,6 +6055,9 @@ async def caption_images(
                 aside = watch and asyncio.create_task(watch(client, settings.model, datetime.now(UTC).date()))
                 asker = Asker(client, settings, recipe, report.bill, stop)
                 captioner = Captioner(settings, recipe, asker, journal, report, stop)
+                if engine:
+                    loop = asyncio.get_running_loop()
+                    engine.watch(lambda news: loop.call_soon_threadsafe(asker.follow, news))
 
                 async def handle(job: Job) -> None:
                     await captioner.handle(job)
@@ -6403,6 +6957,22 @@ def run_import(settings: Settings, image_dir: Path, recipe: Recipe, report: Repo
         journal.close()
 
 
+def ask_for_all(
+    settings: Settings, image_dir: Path, recipe: Recipe, jobs: Sequence[Job], journal: Journal, report: Report
+) -> None:
+    """Carry out a plan: by batch, or image by image, by an engine of our own where --local wants it. Raises StopRun."""
+    import asyncio
+
+    needed = settings.local and any(not job.trigger_only for job in jobs)
+    log_path = os.path.join(journal.folder, settings.engine_log)
+    with (
+        contextlib.suppress(asyncio.CancelledError),  # the second Ctrl-C
+        open_engine(settings, log_path) if needed else contextlib.nullcontext() as engine,
+    ):
+        send = send_batches if settings.batch else functools.partial(caption_images, engine=engine)
+        asyncio.run(send(settings, image_dir, recipe, jobs, journal, report))
+
+
 def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Report) -> None:
     """Caption what has no caption yet, or with --overwrite what is out of date."""
     log.info("prompt: %s; trigger: %s", recipe.prompt_source, printable(recipe.trigger.put) or "none")
@@ -6423,11 +6993,7 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
         ready = [job for job in ready if name_below(image_dir, job.image) not in taken]
         pool = settings.thread_pool
         log.info("to caption: %d, with %s at %s, workers: %d", len(ready), settings.model, settings.host, pool)
-        import asyncio
-
-        with contextlib.suppress(asyncio.CancelledError):  # the second Ctrl-C
-            send = send_batches if settings.batch else caption_images
-            asyncio.run(send(settings, image_dir, recipe, ready, journal, report))
+        ask_for_all(settings, image_dir, recipe, ready, journal, report)
         if (
             kept and not settings.batch and not report.written and is_untouched(ready)
         ):  # --undo shall find the run before
@@ -6559,7 +7125,7 @@ def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str]
         raise SettingsError(f"{shown}: cannot be written: {error.strerror}") from None
 
 
-CAPTIONS_ONLY = ("limit", "overwrite", "metadata", "shard")
+CAPTIONS_ONLY = ("local", "limit", "overwrite", "metadata", "shard")
 
 BATCH_FLAGS = ("batch", "batch_export", "batch_import")
 
@@ -6591,6 +7157,8 @@ def check_batch(settings: Settings) -> None:
         raise SettingsError("--service-tier (GETCAP_SERVICE_TIER): a batch has a price of its own; leave it out")
     if settings.metadata and (settings.shard or settings.batch_export):
         raise SettingsError("--metadata: is for a run with all captions; leave it out here, and write it at the end")
+    if settings.local and (settings.batch or settings.batch_export or settings.batch_import):
+        raise SettingsError("--local: asks a model on this machine image by image; batch files are for others")
     for name in ("limit", "max_cost", "dry_run"):
         if settings.batch_import and getattr(settings, name):
             raise SettingsError(f"{flag_name(name)}: belongs to asking; --batch-import reads what was answered")
