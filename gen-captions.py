@@ -398,7 +398,11 @@ class Settings:
         PACE, decimal(0, 60), "base of the exponential backoff", 2.0, "GETCAP_THROTTLE_BACKOFF_FACTOR"
     )
     timeout: float = setting(
-        PACE, decimal(0, 86_400), "longest wait for an answer in seconds; 900 with flex", 120.0, "GETCAP_TIMEOUT"
+        PACE,
+        decimal(0, 86_400),
+        "longest wait for an answer in seconds; 900 with flex or --local",
+        120.0,
+        "GETCAP_TIMEOUT",
     )
 
     batch: bool = setting(BATCH, SWITCH, "ask by OpenAI's Batch API: half price, within a day; goes on if ended", False)
