@@ -39,7 +39,8 @@ Read it from top to bottom; each room uses only rooms above it:
     Encoding           what a file's bytes are, and what they should be
     Repair             the walk through captions and config files that need it
     Review             what is wrong with a set as the trainer will see it; the page
-    Local              a model on this machine: found, downloaded, and served by a process of its own
+    Local model        what can see without a key: servers that run here, files, downloads
+    Engine             llama.cpp's server as a process of our own
     Run                what there is to do, and all made ready for it
     Caption            one image from file to caption
     Batch run          parts out, answers in
@@ -5026,7 +5027,7 @@ def build_page(
     )
 
 
-# --------------------------------------------------------------------------------------------------- Local
+# --------------------------------------------------------------------------------------------- Local model
 
 LOCAL_SERVERS = (  # name, URL, where it tells of its models and what they take
     ("Ollama", "http://127.0.0.1:11434", ("/api/tags", "/api/show")),
@@ -5126,35 +5127,42 @@ def has_quant(name: str, quant: str) -> bool:
     return bool(re.search(rf"(?i)(?<![a-z0-9]){re.escape(quant)}(?!_?[a-z0-9])", os.path.basename(name))) or not quant
 
 
-def choose_files(names: Iterable[str], quant: str = "") -> ModelFiles:
+def is_projector(name: str) -> bool:
+    """Return whether a file is an image projector by its name."""
+    return "mmproj" in os.path.basename(name).lower() and is_path(name)
+
+
+def choose_projector(names: Iterable[str], model: str) -> str:
+    """Return the projector that shares most words of its name with the model's, of these the best quantization.
+
+    Raises ValueError when there is none.
+    """
+
+    def rank(name: str) -> tuple[int, int, str]:
+        quant = next((i for i, q in enumerate(PROJECTOR_QUANTS) if has_quant(name, q)), len(PROJECTOR_QUANTS))
+        return -len(words_of(name) & words_of(model)), quant, name
+
+    if not (projectors := list(filter(is_projector, names))):
+        raise ValueError("it has no mmproj file, and without one a model sees no image")
+    return min(projectors, key=rank)
+
+
+def choose_files(names: Sequence[str], quant: str = "") -> ModelFiles:
     """Return which of these files make a vision model of this quantization; raises ValueError when none do."""
-    ggufs = sorted(name for name in names if name.lower().endswith(".gguf") and "imatrix" not in name.lower())
-    projectors = [name for name in ggufs if "mmproj" in name.lower()]
-    models = [name for name in ggufs if name not in projectors and not re.search(r"-0*[2-9]\d*-of-\d+\.gguf$", name)]
+    ggufs = sorted(name for name in names if is_path(name) and not is_projector(name) and "imatrix" not in name.lower())
+    models = [name for name in ggufs if not re.search(r"-0*(?:[2-9]|1\d+)\d*-of-\d+\.gguf$", name)]
     if not models:
         raise ValueError("it holds no model in GGUF format")
     fitting = [name for q in ([quant] if quant else [*QUANTS, ""]) for name in models if has_quant(name, q)]
     if not fitting:
         raise ValueError(f"it has no {quant}; it has {', '.join(map(os.path.basename, models))}")
     model = fitting[0]
-    if not projectors:
-        raise ValueError("it has no mmproj file, and without one a model sees no image")
     stem = re.sub(r"-\d+-of-\d+\.gguf$", "", model)
     count = int(match[1]) if (match := re.search(r"-of-(\d+)\.gguf$", model)) else 1
     parts = [name for name in ggufs if name == model or (count > 1 and re.match(rf"{re.escape(stem)}-\d+-of-", name))]
     if len(parts) < count:
         raise ValueError(f"of the {count} parts of {os.path.basename(model)} it has {len(parts)}")
-    return ModelFiles(model, choose_projector(projectors, model), tuple(parts))
-
-
-def choose_projector(names: Sequence[str], model: str) -> str:
-    """Return the projector that shares most words of its name with the model's, of these the best quantization."""
-
-    def rank(name: str) -> tuple[int, int]:
-        quant = next((i for i, q in enumerate(PROJECTOR_QUANTS) if has_quant(name, q)), len(PROJECTOR_QUANTS))
-        return -len(words_of(name) & words_of(model)), quant
-
-    return min(names, key=rank)
+    return ModelFiles(model, choose_projector(names, model), tuple(parts))
 
 
 def find_files(path: str) -> ModelFiles:
@@ -5169,14 +5177,12 @@ def find_files(path: str) -> ModelFiles:
         raise SettingsError(f"{shown}: cannot be read: {error.strerror}") from None
     if not is_gguf:
         raise SettingsError(f"{shown}: is no GGUF file")
-    if "mmproj" in os.path.basename(path).lower():
+    if is_projector(path):
         raise SettingsError(f"{shown}: is a projector; name the model that it belongs to")
-    projectors = [
-        name for name in beside if name.lower().endswith(".gguf") and "mmproj" in os.path.basename(name).lower()
-    ]
-    if not projectors:
-        raise SettingsError(f"{shown}: no mmproj file lies beside it, and without one a model sees no image")
-    return ModelFiles(path, choose_projector(projectors, path))
+    try:
+        return ModelFiles(path, choose_projector(beside, path))
+    except ValueError as error:
+        raise SettingsError(f"{shown}: {error}; put it beside the model") from None
 
 
 def split_name(model: str) -> tuple[str, str]:
@@ -5220,15 +5226,17 @@ def make_bar(step: float = 0.1) -> Callable[..., Any]:
     return Bar
 
 
-def fetch_file(repo: str, revision: str, name: str, size: int, sha256: str, blobs: str) -> None:
-    """Bring a file of a repository into the cache, going on where an earlier try broke off. Raises OSError, StopRun.
+def fetch_file(repo: str, revision: str, name: str, size: int, sha256: str, blobs: str) -> str:
+    """Bring a file of a repository into the cache, going on where an earlier try broke off, and return its path.
 
-    The hub's own library starts anew after a broken run, and does not look at the hash.
+    Raises OSError and StopRun. The hub's own library starts anew after a broken run, and does not look at the hash.
     """
     from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise StopRun(f"{name}: the hub tells no SHA-256 of it, so that it cannot be checked")
     blob = os.path.join(blobs, sha256)
     part = f"{blob}.gen-captions.incomplete"
     if not os.path.exists(blob):
@@ -5241,7 +5249,8 @@ def fetch_file(repo: str, revision: str, name: str, size: int, sha256: str, blob
             os.unlink(part)
             raise StopRun(f"{name}: what came from {url} is not what its hash says; it is removed, run again")
         os.replace(part, blob)
-    hf_hub_download(repo, name, revision=revision)  # finds the bytes there, and files them as its readers expect
+    path: str = hf_hub_download(repo, name, revision=revision)  # finds the bytes there, and files them for its readers
+    return path
 
 
 def describe_hub(error: Exception, repo: str, endpoint: str) -> str:
@@ -5280,24 +5289,20 @@ def fetch_model(model: str) -> ModelFiles:
         size = sum(file.size or 0 for file in wanted)
         names = " and ".join(file.rfilename for file in wanted)
         where = os.path.join(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
-        log.info(
-            "downloading once: %s, %.2f GB, from %s/%s to %s",
-            names,
-            size / 1e9,
-            constants.ENDPOINT,
-            repo,
-            printable(where),
-        )
-        for file in wanted:
-            sha256 = SHA256.get(file.rfilename) or (file.lfs.sha256 if file.lfs else "")
-            fetch_file(
-                repo, PINNED.get(repo, "main"), file.rfilename, file.size or 0, sha256, os.path.join(where, "blobs")
+        source = f"{constants.ENDPOINT}/{repo}"
+        log.info("downloading once: %s, %.2f GB, from %s to %s", names, size / 1e9, source, printable(where))
+        fetch = functools.partial(fetch_file, repo, PINNED.get(repo, "main"), blobs=os.path.join(where, "blobs"))
+        paths = {
+            file.rfilename: fetch(
+                file.rfilename, file.size, SHA256.get(file.rfilename) or getattr(file.lfs, "sha256", "")
             )
+            for file in wanted
+        }
+        return ModelFiles(paths[files.model], paths[files.projector])
     except (SettingsError, StopRun):
         raise
     except Exception as error:  # the hub's own kinds, those of its connection, and the disk's
         raise StopRun(f"--local: {repo}: {describe_hub(error, repo, constants.ENDPOINT)}") from error
-    return find_in_cache(model) or files
 
 
 def has_module(name: str) -> bool:
@@ -5316,6 +5321,8 @@ def check_engine(model: str) -> None:
     elif not has_module("huggingface_hub"):
         raise SettingsError(f"--local: {model} is at Hugging Face: {GET_ENGINE}; or name a .gguf file")
 
+
+# -------------------------------------------------------------------------------------------------- Engine
 
 IMAGE_TOKENS = 3328  # 13 tiles of 256, the most of the models that tile; models of any size are held to it
 PROMPT_TOKENS = 1024
@@ -5448,6 +5455,11 @@ def describe_end(code: int, said: str) -> str:
     return f"{how}: {last}" if last else how
 
 
+def count_processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def free_port() -> int:
     """Return a port of this machine that nobody listens on."""
     import socket
@@ -5501,7 +5513,7 @@ class Engine:
         self._process = process
         with contextlib.suppress(BrokenPipeError):
             os.write(self._leash, json.dumps(dataclasses.asdict(self._options)).encode() + b"\n")
-        while ask_local(self.url.replace("/v1", "/health")).get("status") != "ok":
+        while ask_local(self.url.removesuffix("/v1") + "/health").get("status") != "ok":
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return describe_end(process.wait(0.1), self._said())
         listed = ask_local(f"{self.url}/models", key=self._options.key).get("data") or [{}]
@@ -5562,7 +5574,7 @@ def open_engine(settings: Settings, log_path: str) -> Iterator[Engine]:
     files = find_files(model) if is_path(model) else find_in_cache(model) or fetch_model(model)
     log.info("loading %s", printable(files.model))
     with open(log_path, "wb"):  # that of the run before has served
-        engine = Engine(engine_options(settings, files, os.cpu_count() or 1), log_path)
+        engine = Engine(engine_options(settings, files, count_processors()), log_path)
     try:
         engine.start()
         yield engine

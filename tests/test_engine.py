@@ -269,7 +269,7 @@ def test_nobody_without_the_key_is_served(tiny: Path, tmp_path: Path) -> None:
     [
         ("cut the model", 3, "the engine cannot read the model: its file is damaged; see images/.gen-captions/engine"),
         ("cut the projector", 3, "the engine cannot use the mmproj file with this model"),
-        ("no projector", 2, "no mmproj file lies beside it, and without one a model sees no image"),
+        ("no projector", 2, "it has no mmproj file, and without one a model sees no image; put it beside the model"),
         ("no model", 2, "cannot be read: No such file"),
         ("other file", 2, "is no GGUF file"),
         ("name the projector", 2, "is a projector; name the model that it belongs to"),
