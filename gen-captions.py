@@ -5291,13 +5291,10 @@ def fetch_model(model: str) -> ModelFiles:
         where = os.path.join(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
         source = f"{constants.ENDPOINT}/{repo}"
         log.info("downloading once: %s, %.2f GB, from %s to %s", names, size / 1e9, source, printable(where))
-        fetch = functools.partial(fetch_file, repo, PINNED.get(repo, "main"), blobs=os.path.join(where, "blobs"))
-        paths = {
-            file.rfilename: fetch(
-                file.rfilename, file.size, SHA256.get(file.rfilename) or getattr(file.lfs, "sha256", "")
-            )
-            for file in wanted
-        }
+        revision, blobs, paths = PINNED.get(repo, "main"), os.path.join(where, "blobs"), {}
+        for file in wanted:
+            sha256 = SHA256.get(file.rfilename, file.lfs.sha256 if file.lfs else "")
+            paths[file.rfilename] = fetch_file(repo, revision, file.rfilename, file.size, sha256, blobs)
         return ModelFiles(paths[files.model], paths[files.projector])
     except (SettingsError, StopRun):
         raise
