@@ -123,14 +123,21 @@ def test_a_dry_run_needs_no_model(local: Tool, make_image: ImageMaker) -> None:
     assert "To caption 1" in local("--local", "--image-dir", "images", "-n", HF_ENDPOINT="http://127.0.0.1:9").stdout
 
 
+def start_captioning(
+    local: Tool, tiny: Path, make_image: ImageMaker, images: int, until: int, **environment: str
+) -> tuple[subprocess.Popen[str], str]:
+    """Start a run over so many images; return it, and what it has said, when so many are done."""
+    for number in range(images):
+        make_image(f"{number:02}.jpg", (300 + number, 200))
+    process = local.start("--local", tiny, "--image-dir", "images", **environment)
+    return process, read_until(process, f"{until} of {images}")
+
+
 @linux
 def test_an_engine_that_is_killed_is_started_once_more_and_nothing_is_lost(
     local: Tool, tiny: Path, make_image: ImageMaker
 ) -> None:
-    for number in range(12):
-        make_image(f"{number:02}.jpg", (300 + number, 200))
-    process = local.start("--local", tiny, "--image-dir", "images", GETCAP_THREAD_POOL="1")
-    said = read_until(process, "2 of 12")
+    process, said = start_captioning(local, tiny, make_image, 12, 2, GETCAP_THREAD_POOL="1")
     os.kill(engine_of(process), signal.SIGKILL)
     said += process.communicate(timeout=60)[1]
     assert process.returncode == 0, said
@@ -147,10 +154,7 @@ def test_an_engine_that_is_killed_is_started_once_more_and_nothing_is_lost(
 def test_an_engine_that_is_killed_again_ends_the_run_and_the_next_goes_on(
     local: Tool, tiny: Path, make_image: ImageMaker
 ) -> None:
-    for number in range(30):
-        make_image(f"{number:02}.jpg", (300 + number, 200))
-    process = local.start("--local", tiny, "--image-dir", "images", "-v", GETCAP_THREAD_POOL="1")
-    said = read_until(process, "2 of 30")
+    process, said = start_captioning(local, tiny, make_image, 30, 2, GETCAP_THREAD_POOL="1")
     os.kill(engine_of(process), signal.SIGKILL)
     said += read_until(process, "8 of 30")
     os.kill(engine_of(process), signal.SIGKILL)
@@ -166,10 +170,7 @@ def test_an_engine_that_is_killed_again_ends_the_run_and_the_next_goes_on(
 def test_a_run_that_is_killed_leaves_no_engine(
     local: Tool, tiny: Path, make_image: ImageMaker, number: signal.Signals
 ) -> None:
-    for index in range(30):
-        make_image(f"{index:02}.jpg", (300 + index, 200))
-    process = local.start("--local", tiny, "--image-dir", "images")
-    read_until(process, "1 of 30" if number == signal.SIGHUP else "2 of 30")
+    process, _ = start_captioning(local, tiny, make_image, 30, 1)
     engine = os.pidfd_open(engine_of(process))
     process.send_signal(number)
     process.communicate()
@@ -196,10 +197,7 @@ def test_a_run_that_is_killed_while_the_model_is_loaded_leaves_no_engine(
 def test_ctrl_c_leaves_no_engine_and_keeps_what_was_answered(
     local: Tool, tiny: Path, make_image: ImageMaker, times: int
 ) -> None:
-    for index in range(40):
-        make_image(f"{index:02}.jpg", (300 + index, 200))
-    process = local.start("--local", tiny, "--image-dir", "images")
-    said = read_until(process, "2 of 40")
+    process, said = start_captioning(local, tiny, make_image, 40, 2)
     engine = os.pidfd_open(engine_of(process))
     for _ in range(times):
         process.send_signal(signal.SIGINT)
