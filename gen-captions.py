@@ -5205,22 +5205,22 @@ def find_in_cache(model: str) -> ModelFiles | None:
         return None
 
 
-def make_bar(step: float = 0.1) -> Callable[..., Any]:
-    """Return what makes the bar of a download, which says a line at each step where there is no terminal."""
+def make_bar(name: str, step: float = 0.1) -> Callable[..., Any]:
+    """Return what makes the bar of a file's download, which says a line at each step where there is no terminal."""
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[type-arg]
         """A bar of bytes."""
 
         def __init__(self, **options: Any) -> None:
-            super().__init__(**options, file=sys.stderr, disable=None, dynamic_ncols=True)
+            super().__init__(**{**options, "desc": name}, file=sys.stderr, disable=None, dynamic_ncols=True)
             self._size, self._done = options.get("total") or 0, options.get("initial") or 0
 
         def update(self, n: float | None = 1) -> bool | None:
             """Count bytes."""
             before, self._done = self._done, self._done + (n or 0)
             if self.disable and self._size and self._done / self._size // step > before / self._size // step:
-                log.info("%d %% of %.2f GB", 100 * self._done / self._size, self._size / 1e9)
+                log.info("%s: %d %% of %.2f GB", name, 100 * self._done / self._size, self._size / 1e9)
             return super().update(n)
 
     return Bar
@@ -5244,7 +5244,7 @@ def fetch_file(repo: str, revision: str, name: str, size: int, sha256: str, blob
         url = hf_hub_url(repo, name, revision=revision)
         with open(open_locked(part), "ab") as stream:
             have, headers = stream.seek(0, os.SEEK_END), build_hf_headers()
-            http_get(url, stream, resume_size=have, headers=headers, expected_size=size, tqdm_class=make_bar())
+            http_get(url, stream, resume_size=have, headers=headers, expected_size=size, tqdm_class=make_bar(name))
         if hash_file(part) != sha256:
             os.unlink(part)
             raise StopRun(f"{name}: what came from {url} is not what its hash says; it is removed, run again")

@@ -70,6 +70,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_file(hub.folder / path.removeprefix("/cdn/"))
         else:
             name = path.rpartition("/")[2]
+            if not (hub.folder / name).exists():
+                self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+                return
             data = (hub.folder / name).read_bytes()
             linked = {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
             location = f"http://localhost:{hub.server_port}/cdn/{name}"
