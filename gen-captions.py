@@ -218,7 +218,8 @@ def is_path(model: str) -> bool:
 
 def parse_local(text: str) -> str:
     """Return a path of a .gguf, or owner/name:quant."""
-    if not is_path(text) and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", text):
+    name = r"[A-Za-z0-9](?:[A-Za-z0-9_]|[-.](?![-.]))*"
+    if not is_path(text) and not re.fullmatch(rf"{name}/{name}(?::[\w.-]+)?", text):
         raise ValueError
     return text
 
@@ -2700,7 +2701,9 @@ def describe_cost(settings: Settings, asked: Mapping[Expected, int], pace: float
     totals = [sum(getattr(one, name) * n for one, n in asked.items()) for name in ("image", "text", "answer")]
     tokens = "about {:,} tokens of images, {:,} of prompts, {:,} of answers".format(*totals)
     price = find_price(settings)
-    if price is None:
+    if settings.local:
+        cost = "no cost but your machine's time"
+    elif price is None:
         cost = (
             f"the price of {settings.model} at {settings.host} is not known: --price IN OUT (dollars a million tokens)"
         )
@@ -2715,7 +2718,7 @@ def describe_cost(settings: Settings, asked: Mapping[Expected, int], pace: float
     pace = min(pace or math.inf, settings.throttle_submission_rate or math.inf)
     images = sum(asked.values())
     time_s = f"; about {describe_time(images / pace)} at {pace:.1f} a second" if pace < math.inf else ""
-    return f"To ask {settings.model} for {images:,}: {tokens}; {cost}{time_s}"
+    return f"To ask {printable(settings.model)} for {images:,}: {tokens}; {cost}{time_s}"
 
 
 def is_free(error: ErrorReply) -> bool:
@@ -3089,6 +3092,17 @@ class Stop:
         if self.cause is not None:
             raise StopRun("the run ends")
 
+    async def wait_for(self, event: asyncio.Event) -> None:
+        """Wait for an event; raises StopRun as soon as the run ends."""
+        import asyncio
+
+        if not event.is_set():
+            waiting = [asyncio.ensure_future(either.wait()) for either in (event, self._event)]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in waiting:
+                task.cancel()
+        self.check()
+
     async def sleep(self, seconds: float) -> None:
         """Wait; raises StopRun as soon as the run ends."""
         import asyncio
@@ -3244,12 +3258,18 @@ def open_client(settings: Settings) -> AsyncOpenAI:
     """Return the SDK's client, with its own retries off: there is one layer of them, ours."""
     from openai import AsyncOpenAI, DefaultAioHttpClient, Timeout
 
+    is_here = is_this_machine(settings.base_url)
+    try:
+        # twice as fast as the SDK's other one: benchmarks/README.md; no proxy lies on the way to this machine itself
+        transport = DefaultAioHttpClient(follow_redirects=False, trust_env=not is_here)
+    except Exception as error:  # of the proxy's address, a kind of its own
+        raise ValueError(str(error)) from error
     return AsyncOpenAI(
         api_key=settings.api_key or "none",
         base_url=settings.base_url,
         max_retries=0,
         timeout=Timeout(settings.timeout, connect=min(15.0, settings.timeout)),
-        http_client=DefaultAioHttpClient(follow_redirects=False),  # twice as fast as the other; benchmarks/README.md
+        http_client=transport,
     )
 
 
@@ -3404,7 +3424,7 @@ class Asker:
         most = Usage(question.expected.usage.prompt, self._settings.max_tokens * budget)
         while True:
             sent = self.parameters
-            await self._server_up.wait()
+            await self._stop.wait_for(self._server_up)
             ticket = await self._throttle.turn(most)
             log.debug("%s: asking, %d KB", printable(question.path), len(question.image) // 1000)
             question.attempts += 1
@@ -5170,7 +5190,7 @@ def find_files(path: str) -> ModelFiles:
     shown = f"--local: {printable(path)}"
     folder = os.path.dirname(path)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=lambda name, _: os.open(name, READ_ONLY)) as file:
             is_gguf = file.read(4) == b"GGUF"
         beside = [os.path.join(folder, name) for name in os.listdir(folder or ".")]
     except OSError as error:
@@ -5239,11 +5259,13 @@ def fetch_file(repo: str, revision: str, name: str, size: int, sha256: str, blob
         raise StopRun(f"{name}: the hub tells no SHA-256 of it, so that it cannot be checked")
     blob = os.path.join(blobs, sha256)
     part = f"{blob}.gen-captions.incomplete"
-    if not os.path.exists(blob):
+    if not os.path.exists(blob) or hash_file(blob) != sha256:
         os.makedirs(blobs, exist_ok=True)
         url = hf_hub_url(repo, name, revision=revision)
         with open(open_locked(part), "ab") as stream:
             have, headers = stream.seek(0, os.SEEK_END), build_hf_headers()
+            if have > size:  # it cannot be of this file
+                have = stream.truncate(0)
             http_get(url, stream, resume_size=have, headers=headers, expected_size=size, tqdm_class=make_bar(name))
         if hash_file(part) != sha256:
             os.unlink(part)
@@ -5264,14 +5286,16 @@ def describe_hub(error: Exception, repo: str, endpoint: str) -> str:
             return f"{endpoint} has no such repository, or it wants a token in HF_TOKEN"
         case errors.RevisionNotFoundError():
             return f"{endpoint} does not have the commit {PINNED.get(repo)} of it any more"
+        case errors.HfHubHTTPError() if error.response.status_code in {401, 403}:
+            return f"{endpoint} refuses the token, of HF_TOKEN or of an earlier login: renew it, or unset it"
         case errors.HfHubHTTPError():
             return f"{endpoint} answers HTTP {error.response.status_code}; run again later"
         case errors.OfflineModeIsEnabled():
             return "it is not in the cache, and HF_HUB_OFFLINE forbids to download it"
         case OSError() if error.errno:
-            return f"{error.strerror}; run again after that"
+            return f"{printable(str(error.filename or ''))}: {error.strerror}; run again after that"
     words = shorten(str(error) or type(error).__name__, 120)
-    return f"{endpoint} cannot be reached: {words}; run again, and the download goes on where it was"
+    return f"the download from {endpoint} broke: {words}; run again, and it goes on where it was"
 
 
 def fetch_model(model: str) -> ModelFiles:
@@ -5287,7 +5311,7 @@ def fetch_model(model: str) -> ModelFiles:
             raise SettingsError(f"--local: {repo}: {error}") from None
         wanted = [file for file in found.siblings or () if file.rfilename in {*files.parts, files.projector}]
         size = sum(file.size or 0 for file in wanted)
-        names = " and ".join(file.rfilename for file in wanted)
+        names = printable(" and ".join(file.rfilename for file in wanted))
         where = os.path.join(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
         source = f"{constants.ENDPOINT}/{repo}"
         log.info("downloading once: %s, %.2f GB, from %s to %s", names, size / 1e9, source, printable(where))
@@ -5322,7 +5346,7 @@ def check_engine(model: str) -> None:
 # -------------------------------------------------------------------------------------------------- Engine
 
 IMAGE_TOKENS = 3328  # 13 tiles of 256, the most of the models that tile; models of any size are held to it
-PROMPT_TOKENS = 1024
+PROMPT_TOKENS = 512  # of a model's template, and of what is filled in for an image, beside the prompt's own
 # Without them small models loop: https://github.com/QwenLM/Qwen3-VL#evaluation-reproduction
 SAMPLING = {"temp": 0.7, "top_p": 0.8, "top_k": 20, "penalty_present": 1.5}
 PORT_TAKEN = r"couldn't bind|address already in use"
@@ -5348,7 +5372,7 @@ ENDS = (  # what the engine's end and its log say, and what it means
     ),
     (
         r"failed to load model|error loading model|invalid magic|tensor data",
-        "cannot read the model: its file is damaged",
+        "cannot read the model: its file is damaged; one that was downloaded is so anew once it is deleted",
     ),
 )
 BE_ENGINE = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='engine')['serve_model']()"
@@ -5368,9 +5392,9 @@ class EngineOptions:
     threads: int
 
 
-def engine_options(settings: Settings, files: ModelFiles, processors: int) -> EngineOptions:
+def engine_options(settings: Settings, files: ModelFiles, prompt_bytes: int, processors: int) -> EngineOptions:
     """Return the engine's options but for its port: room for an image, a prompt and an answer for each worker."""
-    tokens = IMAGE_TOKENS + PROMPT_TOKENS + 2 * settings.max_tokens
+    tokens = IMAGE_TOKENS + PROMPT_TOKENS + prompt_bytes // 2 + 2 * settings.max_tokens
     context = settings.thread_pool * 256 * math.ceil(tokens / 256)
     # threads wait for each other busily: with one for each processor, anything else that runs makes it very slow
     threads = max(1, processors - 1)
@@ -5492,10 +5516,19 @@ class Engine:
         problem = ""
         for _ in range(PORTS_TRIED):
             self._options = dataclasses.replace(self._options, port=free_port())
-            if not (problem := self._launch()) or not problem.startswith(ENDS[0][1]):
+            try:
+                problem = self._launch()
+            except OSError as error:  # of its log, or for want of processes and files
+                problem = f"cannot be started: {error.strerror}"
+            if not problem:
+                return
+            if not problem.startswith(ENDS[0][1]):
                 break
-        if problem:
-            raise StopRun(f"the engine {problem}; see {printable(self._log_path)}")
+        raise self._broken(problem)
+
+    def _broken(self, problem: str) -> StopRun:
+        files = f"{self._options.model} with {os.path.basename(self._options.projector)}"
+        return StopRun(f"the engine {problem} ({printable(files)}); see {printable(self._log_path)}")
 
     def _launch(self) -> str:
         """Start the process and wait until it answers; return why it does not, or nothing."""
@@ -5510,45 +5543,43 @@ class Engine:
         self._process = process
         with contextlib.suppress(BrokenPipeError):
             os.write(self._leash, json.dumps(dataclasses.asdict(self._options)).encode() + b"\n")
-        while ask_local(self.url.removesuffix("/v1") + "/health").get("status") != "ok":
+        while not (listed := ask_local(f"{self.url}/models", key=self._options.key).get("data")):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return describe_end(process.wait(0.1), self._said())
-        listed = ask_local(f"{self.url}/models", key=self._options.key).get("data") or [{}]
         if "image" not in listed[0].get("architecture", {}).get("input_modalities", ["image"]):
             return "loads the model, and it takes no images; name a vision model"
         return ""
 
     def _said(self) -> str:
-        """Return the end of the log, since the last start at the most."""
-        with open(self._log_path, "rb") as file:
-            file.seek(max(self._log_start, os.path.getsize(self._log_path) - (1 << 16)))
-            return file.read().decode("utf-8", "replace")
+        """Return the end of the log, since the last start at the most; blank when it is gone."""
+        try:
+            with open(self._log_path, "rb") as file:
+                file.seek(max(self._log_start, os.path.getsize(self._log_path) - (1 << 16)))
+                return file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
 
     def watch(self, tell: Callable[[str | StopRun], object]) -> None:
         """From now on start it anew when it ends, once; `tell` hears, in a thread, what Asker.follow wants to hear."""
         threading.Thread(target=self._watch, args=(tell,), daemon=True).start()
 
     def _watch(self, tell: Callable[[str | StopRun], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # who wants to know is gone
-            self._keep_up(tell)
-
-    def _keep_up(self, tell: Callable[[str | StopRun], object]) -> None:
         for attempt in (1, 2):
             code = self._process.wait() if self._process else 0
             if self._closing:
                 return
-            tell("")
-            why = describe_end(code, self._said())
-            if attempt == 2:
-                tell(StopRun(f"the engine {why}, for the second time; see {printable(self._log_path)}"))
-                return
-            log.warning("the engine %s; it is started once more; see %s", why, printable(self._log_path))
-            try:
-                self.start()
-            except StopRun as cause:
-                tell(cause)
-                return
-            tell(self.url)
+            with contextlib.suppress(RuntimeError):  # who wants to know is gone
+                tell("")
+                why = describe_end(code, self._said())
+                tell(self._start_again(why) if attempt == 1 else self._broken(f"{why}, for the second time"))
+
+    def _start_again(self, why: str) -> str | StopRun:
+        log.warning("the engine %s; it is started once more; see %s", why, printable(self._log_path))
+        try:
+            self.start()
+        except StopRun as cause:
+            return cause
+        return self.url
 
     def close(self) -> None:
         """End it at once: no answer is waited for any more."""
@@ -5565,14 +5596,15 @@ class Engine:
 
 
 @contextlib.contextmanager
-def open_engine(settings: Settings, log_path: str) -> Iterator[Engine]:
+def open_engine(settings: Settings, prompt: str, log_path: str) -> Iterator[Engine]:
     """Yield the engine that --local asks for, its model downloaded if need be. Raises SettingsError and StopRun."""
     model = str(settings.local)
     files = find_files(model) if is_path(model) else find_in_cache(model) or fetch_model(model)
-    log.info("loading %s", printable(files.model))
-    with open(log_path, "wb"):  # that of the run before has served
-        engine = Engine(engine_options(settings, files, count_processors()), log_path)
+    log.info("loading %s with %s", printable(files.model), printable(os.path.basename(files.projector)))
+    engine = Engine(engine_options(settings, files, len(prompt.encode()), count_processors()), log_path)
     try:
+        with contextlib.suppress(OSError):
+            os.unlink(log_path)  # that of the run before has served
         engine.start()
         yield engine
     finally:
@@ -6980,7 +7012,7 @@ def ask_for_all(
     log_path = os.path.join(journal.folder, settings.engine_log)
     with (
         contextlib.suppress(asyncio.CancelledError),  # the second Ctrl-C
-        open_engine(settings, log_path) if needed else contextlib.nullcontext() as engine,
+        open_engine(settings, recipe.prompt, log_path) if needed else contextlib.nullcontext() as engine,
     ):
         send = send_batches if settings.batch else functools.partial(caption_images, engine=engine)
         asyncio.run(send(settings, image_dir, recipe, jobs, journal, report))
@@ -6999,23 +7031,23 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
         nothing = "nothing to caption" if report.recorded else "no images"
         log.info("%s below %s", nothing, printable(str(image_dir)))
         return
+    ready, kept = jobs, ""
     try:
         ready, kept = prepare_run(jobs, root, journal, report)
         waiting = check_waiting(settings, journal, recipe) if settings.batch else []
         taken = waiting_images(journal)  # another run may have sent some before this one had the journal
         ready = [job for job in ready if name_below(image_dir, job.image) not in taken]
         pool = settings.thread_pool
-        log.info("to caption: %d, with %s at %s, workers: %d", len(ready), settings.model, settings.host, pool)
+        model = printable(settings.model)
+        log.info("to caption: %d, with %s at %s, workers: %d", len(ready), model, settings.host, pool)
         ask_for_all(settings, image_dir, recipe, ready, journal, report)
-        if (
-            kept and not settings.batch and not report.written and is_untouched(ready)
-        ):  # --undo shall find the run before
-            os.unlink(kept)
     except StopRun as cause:  # before anything was asked
         report.left += len(jobs)
         report.ended_by = cause
         log.error("%s", cause)  # noqa: TRY400
     finally:
+        if kept and not settings.batch and not report.written and is_untouched(ready):
+            os.unlink(kept)  # --undo shall find the run before
         journal.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import select
@@ -160,9 +161,46 @@ def test_an_engine_that_is_killed_again_ends_the_run_and_the_next_goes_on(
     os.kill(engine_of(process), signal.SIGKILL)
     said += process.communicate(timeout=60)[1]
     assert process.returncode == 3, said
-    assert "for the second time; see images/.gen-captions/engine.log" in said
+    assert ", for the second time (" in said
     done = local("--local", tiny, "--image-dir", "images")
     assert len(captions(local.folder / "images")) == 30 and "failed 0" in done.stderr
+
+
+@linux
+def test_an_engine_that_dies_without_its_log_is_started_once_more(
+    local: Tool, tiny: Path, make_image: ImageMaker
+) -> None:
+    process, said = start_captioning(local, tiny, make_image, 12, 2, GETCAP_THREAD_POOL="1")
+    Path(local.folder, "images/.gen-captions/engine.log").unlink()
+    os.kill(engine_of(process), signal.SIGKILL)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and "Traceback" not in said, said
+    assert len(captions(local.folder / "images")) == 12
+
+
+@linux
+def test_an_engine_that_cannot_be_started_again_ends_the_run(local: Tool, tiny: Path, make_image: ImageMaker) -> None:
+    process, said = start_captioning(local, tiny, make_image, 12, 2, GETCAP_THREAD_POOL="1")
+    log_path = Path(local.folder, "images/.gen-captions/engine.log")
+    log_path.unlink()
+    log_path.mkdir()
+    os.kill(engine_of(process), signal.SIGKILL)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 3 and "the engine cannot be started: Is a directory" in said, said
+
+
+@linux
+def test_ctrl_c_while_the_engine_is_started_again_ends_the_run(local: Tool, tiny: Path, make_image: ImageMaker) -> None:
+    process, _ = start_captioning(local, tiny, make_image, 30, 2, GETCAP_THREAD_POOL="1")
+    first = engine_of(process)
+    os.kill(first, signal.SIGKILL)
+    read_until(process, "started once more")
+    while (again := engine_of(process)) == first or b"serve_model" not in Path(f"/proc/{again}/cmdline").read_bytes():
+        pass
+    os.kill(again, signal.SIGSTOP)  # as a large model that takes its time
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "Captioned" in said, said
 
 
 @linux
@@ -224,7 +262,7 @@ def test_ctrl_c_while_the_model_is_loaded_ends_both(local: Tool, tiny: Path, mak
 def make_engine(tiny: Path, log_path: Path) -> gc.Engine:
     """Return an engine that is not started."""
     settings = gc.resolve_settings({"local": str(tiny), "verbose": False, "quiet": False}, {}, {})
-    return gc.Engine(gc.engine_options(settings, gc.find_files(str(tiny)), 2), str(log_path))
+    return gc.Engine(gc.engine_options(settings, gc.find_files(str(tiny)), 500, 2), str(log_path))
 
 
 def test_a_port_that_somebody_takes_first_is_left_to_them(
@@ -245,7 +283,7 @@ def test_where_no_port_can_be_had_the_run_ends_with_the_reason(
     engine = make_engine(tiny, tmp_path / "engine.log")
     with socket.create_server(("127.0.0.1", 0)) as theirs, contextlib.closing(engine):
         monkeypatch.setattr(gc, "free_port", lambda: theirs.getsockname()[1])
-        with pytest.raises(gc.StopRun, match=r"the engine found its port taken; see .*engine\.log"):
+        with pytest.raises(gc.StopRun, match=r"the engine found its port taken .*; see .*engine\.log"):
             engine.start()
 
 
@@ -265,7 +303,7 @@ def test_nobody_without_the_key_is_served(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "code", "words"),
     [
-        ("cut the model", 3, "the engine cannot read the model: its file is damaged; see images/.gen-captions/engine"),
+        ("cut the model", 3, "the engine cannot read the model: its file is damaged"),
         ("cut the projector", 3, "the engine cannot use the mmproj file with this model"),
         ("no projector", 2, "it has no mmproj file, and without one a model sees no image; put it beside the model"),
         ("no model", 2, "cannot be read: No such file"),
@@ -317,6 +355,81 @@ def test_a_model_of_the_hub_is_downloaded_once_and_then_nobody_is_asked(
     assert hub.requests == []
 
 
+def test_what_is_damaged_in_the_cache_is_downloaded_anew_once_it_is_deleted(
+    local: Tool, hub: Hub, make_image: ImageMaker
+) -> None:
+    make_image("a.jpg")
+    local.environment["HF_ENDPOINT"] = hub.url
+    local("--local", "some/captioner", "--image-dir", "images")
+    (model,) = Path(local.folder, "hub").rglob("tiny.gguf")
+    model.resolve().write_bytes(model.read_bytes()[:300_000])
+    make_image("b.jpg")
+    done = local("--local", "some/captioner", "--image-dir", "images", code=3)
+    assert f"one that was downloaded is so anew once it is deleted ({model} with mmproj-tiny.gguf)" in done.stderr
+    model.unlink()
+    local("--local", "some/captioner", "--image-dir", "images")
+    assert len(captions(local.folder / "images")) == 2
+
+
+def test_a_part_that_is_larger_than_its_file_is_begun_anew(local: Tool, hub: Hub, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    model = (hub.folder / "tiny.gguf").read_bytes()
+    blobs = local.folder / "hub/hub/models--some--captioner/blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hashlib.sha256(model).hexdigest()}.gen-captions.incomplete").write_bytes(model + b"more")
+    local("--local", "some/captioner", "--image-dir", "images", HF_ENDPOINT=hub.url)
+    assert len(captions(local.folder / "images")) == 1
+
+
+def test_no_proxy_sees_what_stays_on_this_machine(local: Tool, tiny: Path, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(0.1)
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        names = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"), address)
+        local.environment |= names
+        local("--local", tiny, "--image-dir", "images")
+        with pytest.raises(TimeoutError):
+            proxy.accept()
+
+
+def test_a_proxy_that_is_none_is_told_of(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    done = tool("--image-dir", "images", code=3, OPENAI_BASE_URL="http://example.com/v1", HTTP_PROXY="garbage:::")
+    assert "no connection can be set up" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_log_that_cannot_be_kept_ends_the_run_with_the_reason(
+    local: Tool, tiny: Path, make_image: ImageMaker
+) -> None:
+    make_image("a.jpg")
+    Path(local.folder, "images/.gen-captions/engine.log").mkdir(parents=True)
+    done = local("--local", tiny, "--image-dir", "images", code=3)
+    assert "the engine cannot be started: Is a directory" in done.stderr and "left for the next run 1" in done.stderr
+
+
+def test_a_renewal_that_fails_before_it_began_leaves_undo_as_it_was(
+    local: Tool, tiny: Path, make_image: ImageMaker
+) -> None:
+    make_image("a.jpg")
+    local("--local", tiny, "--image-dir", "images")
+    first = captions(local.folder / "images")
+    local("--local", tiny, "--image-dir", "images", "--overwrite", "--prompt", "other words")
+    damaged = local.folder / "damaged" / "tiny.gguf"
+    damaged.parent.mkdir()
+    damaged.write_bytes(tiny.read_bytes()[:300_000])
+    shutil.copy(tiny.parent / "mmproj-tiny.gguf", damaged.parent)
+    local("--local", damaged, "--image-dir", "images", "--overwrite", "--prompt", "third", code=3)
+    local("--undo", "--image-dir", "images")
+    assert captions(local.folder / "images") == first
+
+
+def test_a_long_prompt_has_room(local: Tool, tiny: Path, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    local("--local", tiny, "--image-dir", "images", "--prompt", "describe the zebra carefully " * 300)
+    assert len(captions(local.folder / "images")) == 1
+
+
 def grow(path: Path) -> None:
     """Make a model file large enough that its download comes in several pieces."""
     with path.open("ab") as file:
@@ -364,6 +477,11 @@ def test_a_download_that_is_killed_goes_on_in_the_next_run(
         (401, {"X-Error-Code": "RepoNotFound"}, "{url} has no such repository, or it wants a token in HF_TOKEN"),
         (404, {"X-Error-Code": "RevisionNotFound"}, "{url} does not have the commit"),
         (500, {}, "{url} answers HTTP 500; run again later"),
+        (
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+            "{url} refuses the token, of HF_TOKEN",
+        ),
     ],
 )
 def test_a_hub_that_refuses_is_told_with_the_way_on(
@@ -379,7 +497,7 @@ def test_a_hub_that_refuses_is_told_with_the_way_on(
 def test_without_connection_and_cache_the_run_ends_with_the_reason(local: Tool, make_image: ImageMaker) -> None:
     make_image("a.jpg")
     done = local("--local", "--image-dir", "images", code=3, HF_ENDPOINT="http://127.0.0.1:9")
-    assert f"--local: {gc.LOCAL_MODEL.partition(':')[0]}: http://127.0.0.1:9 cannot be reached" in done.stderr
+    assert f"--local: {gc.LOCAL_MODEL.partition(':')[0]}: the download from http://127.0.0.1:9 broke: " in done.stderr
     off = local("--local", "--image-dir", "images", code=3, HF_HUB_OFFLINE="1")
     assert "it is not in the cache, and HF_HUB_OFFLINE forbids to download it" in off.stderr
 
@@ -496,6 +614,8 @@ def test_flags_that_mean_another_server_are_refused(
 
 
 def test_what_is_no_model_is_refused(local: Tool) -> None:
+    for name in ("a/b--c", "a/..", "../a", "a/b/c", "a/b:"):
+        local("--image-dir", "images", "--local", name, code=2)
     done = local("--image-dir", "images", "--local", "qwen", code=2)
     assert '--local: "qwen" is not allowed; allowed: owner/name or owner/name:quant at Hugging Face' in done.stderr
 
