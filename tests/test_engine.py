@@ -59,10 +59,15 @@ def captions(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in folder.rglob("*.txt")}
 
 
-def engine_of(process: subprocess.Popen[str]) -> int:
-    """Return the process that a run has started."""
-    threads = Path(f"/proc/{process.pid}/task").glob("*/children")
-    return int(" ".join(children.read_text() for children in threads).split()[-1])
+def engine_of(process: subprocess.Popen[str], *, but: int = 0) -> int:
+    """Return the engine that a run has started, once it is one, other than that which is known."""
+    while process.poll() is None:
+        for children in Path(f"/proc/{process.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                for child in map(int, children.read_text().split()):
+                    if child != but and b"serve_model" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        return child
+    raise AssertionError("the run is over")
 
 
 def wait_for_end(handle: int) -> None:
@@ -195,8 +200,7 @@ def test_ctrl_c_while_the_engine_is_started_again_ends_the_run(local: Tool, tiny
     first = engine_of(process)
     os.kill(first, signal.SIGKILL)
     read_until(process, "started once more")
-    while (again := engine_of(process)) == first or b"serve_model" not in Path(f"/proc/{again}/cmdline").read_bytes():
-        pass
+    again = engine_of(process, but=first)
     os.kill(again, signal.SIGSTOP)  # as a large model that takes its time
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=30)[1]
@@ -222,8 +226,6 @@ def test_a_run_that_is_killed_while_the_model_is_loaded_leaves_no_engine(
     make_image("a.jpg")
     process = local.start("--local", tiny, "--image-dir", "images")
     read_until(process, "loading")
-    while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
-        pass
     engine = os.pidfd_open(engine_of(process))
     process.kill()
     process.communicate()
@@ -250,8 +252,6 @@ def test_ctrl_c_while_the_model_is_loaded_ends_both(local: Tool, tiny: Path, mak
     make_image("a.jpg")
     process = local.start("--local", tiny, "--image-dir", "images")
     read_until(process, "loading")
-    while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
-        pass
     engine = os.pidfd_open(engine_of(process))
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=30)[1]
