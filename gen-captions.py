@@ -5520,11 +5520,10 @@ class Engine:
                 problem = self._launch()
             except OSError as error:  # of its log, or for want of processes and files
                 problem = f"cannot be started: {error.strerror}"
-            if not problem:
-                return
             if not problem.startswith(ENDS[0][1]):
                 break
-        raise self._broken(problem)
+        if problem:
+            raise self._broken(problem)
 
     def _broken(self, problem: str) -> StopRun:
         files = f"{self._options.model} with {os.path.basename(self._options.projector)}"
@@ -5534,9 +5533,9 @@ class Engine:
         """Start the process and wait until it answers; return why it does not, or nothing."""
         command = [sys.executable, "-P", "-c", BE_ENGINE, __file__]
         self._drop()
-        its_end, self._leash = os.pipe()
         with open(self._log_path, "ab") as stream:
             self._log_start = stream.tell()
+            its_end, self._leash = os.pipe()
             # in a session of its own, since the first Ctrl-C ends neither it nor the answers on their way
             process = subprocess.Popen(command, stdin=its_end, stdout=stream, stderr=stream, start_new_session=True)  # noqa: S603
         os.close(its_end)
