@@ -358,7 +358,14 @@ def test_a_redirect_is_not_followed(tool: Tool, server: Server, make_image: Imag
 
 
 @pytest.mark.parametrize(
-    "environment", [{"HTTP_PROXY": "foo://bar"}, {"SSL_CERT_FILE": "/nowhere.pem"}, {"OPENAI_ORG_ID": "a\nb"}], ids=str
+    "environment",
+    [
+        {"HTTP_PROXY": "foo://bar", "OPENAI_BASE_URL": "http://example.com/v1"},
+        {"HTTP_PROXY": "garbage:::", "OPENAI_BASE_URL": "http://example.com/v1"},
+        {"SSL_CERT_FILE": "/nowhere.pem", "OPENAI_BASE_URL": "https://localhost:9/v1"},
+        {"OPENAI_ORG_ID": "a\nb"},
+    ],
+    ids=str,
 )
 def test_a_connection_that_cannot_be_set_up_is_one_clear_error(
     tool: Tool, make_image: ImageMaker, environment: dict[str, str]
