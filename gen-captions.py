@@ -5246,6 +5246,21 @@ def make_bar(name: str, step: float = 0.1) -> Callable[..., Any]:
     return Bar
 
 
+def describe_download(settings: Settings) -> str:
+    """Return that the model of --local is yet to be downloaded, blank when it is not; no connection is opened."""
+    model = settings.local or ""
+    if not model or is_path(model) or (has_module("huggingface_hub") and find_in_cache(model)):
+        return ""
+    return f"{model} is not on this machine yet: the run downloads it first"
+
+
+def has_module(name: str) -> bool:
+    """Return whether an optional package is installed."""
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
 def fetch_file(repo: str, revision: str, name: str, size: int, sha256: str, blobs: str) -> str:
     """Bring a file of a repository into the cache, going on where an earlier try broke off, and return its path.
 
@@ -5277,9 +5292,12 @@ def fetch_file(repo: str, revision: str, name: str, size: int, sha256: str, blob
 
 def describe_hub(error: Exception, repo: str, endpoint: str) -> str:
     """Return why a model cannot be had, and what to do."""
+    import httpx2
     from huggingface_hub import errors
 
     match error:
+        case httpx2.ConnectError() | httpx2.ConnectTimeout():
+            return f"{endpoint} cannot be reached: {shorten(str(error), 120)}; connect, or name a .gguf"
         case errors.GatedRepoError():
             return f"its terms are to be accepted at {endpoint}/{repo}; then put a token into HF_TOKEN"
         case errors.RepositoryNotFoundError():
@@ -5324,13 +5342,6 @@ def fetch_model(model: str) -> ModelFiles:
         raise
     except Exception as error:  # the hub's own kinds, those of its connection, and the disk's
         raise StopRun(f"--local: {repo}: {describe_hub(error, repo, constants.ENDPOINT)}") from error
-
-
-def has_module(name: str) -> bool:
-    """Return whether an optional package is installed."""
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None
 
 
 def check_engine(model: str) -> None:
@@ -7094,6 +7105,8 @@ def show_plan(settings: Settings) -> int:
     print(", ".join(totals).capitalize())
     if asked:
         print(describe_cost(settings, asked, journal.pace()))
+        if download := describe_download(settings):
+            print(download)
     return int(counts["cannot be captioned"] > 0)
 
 
