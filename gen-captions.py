@@ -5360,10 +5360,10 @@ IMAGE_TOKENS = 3328  # 13 tiles of 256, the most of the models that tile; models
 PROMPT_TOKENS = 512  # of a model's template, and of what is filled in for an image, beside the prompt's own
 # Without them small models loop: https://github.com/QwenLM/Qwen3-VL#evaluation-reproduction
 SAMPLING = {"temp": 0.7, "top_p": 0.8, "top_k": 20, "penalty_present": 1.5}
-PORT_TAKEN = r"couldn't bind|address already in use"
+PORT_TAKEN = "found its port taken"
 PORTS_TRIED = 3
 ENDS = (  # what the engine's end and its log say, and what it means
-    (PORT_TAKEN, "found its port taken"),
+    (r"couldn't bind|address already in use", PORT_TAKEN),
     (
         r"^exit -4$|^exit 3221225501$",
         "needs instructions that this processor does not have: build xllamacpp from source",
@@ -5531,7 +5531,7 @@ class Engine:
                 problem = self._launch()
             except OSError as error:  # of its log, or for want of processes and files
                 problem = f"cannot be started: {error.strerror}"
-            if not problem.startswith(ENDS[0][1]):
+            if problem != PORT_TAKEN:
                 break
         if problem:
             raise self._broken(problem)
