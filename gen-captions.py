@@ -5305,7 +5305,9 @@ def describe_hub(error: Exception, repo: str, endpoint: str) -> str:
         case errors.RevisionNotFoundError():
             return f"{endpoint} does not have the commit {PINNED.get(repo)} of it any more"
         case errors.HfHubHTTPError() if error.response.status_code in {401, 403}:
-            return f"{endpoint} refuses the token, of HF_TOKEN or of an earlier login: renew it, or unset it"
+            return f"{endpoint} refuses access: renew the token, of HF_TOKEN or of an earlier login, or unset it"
+        case UnicodeError():
+            return "HF_TOKEN holds letters that no token has"
         case errors.HfHubHTTPError():
             return f"{endpoint} answers HTTP {error.response.status_code}; run again later"
         case errors.OfflineModeIsEnabled():
@@ -5357,7 +5359,7 @@ def check_engine(model: str) -> None:
 # -------------------------------------------------------------------------------------------------- Engine
 
 IMAGE_TOKENS = 3328  # 13 tiles of 256, the most of the models that tile; models of any size are held to it
-PROMPT_TOKENS = 512  # of a model's template, and of what is filled in for an image, beside the prompt's own
+PROMPT_TOKENS = 1024  # of a model's template, and of what is filled in for an image, beside the prompt's own
 # Without them small models loop: https://github.com/QwenLM/Qwen3-VL#evaluation-reproduction
 SAMPLING = {"temp": 0.7, "top_p": 0.8, "top_k": 20, "penalty_present": 1.5}
 PORT_TAKEN = "found its port taken"
@@ -7056,9 +7058,11 @@ def run_captions(settings: Settings, image_dir: Path, recipe: Recipe, report: Re
         report.ended_by = cause
         log.error("%s", cause)  # noqa: TRY400
     finally:
-        if kept and not settings.batch and not report.written and is_untouched(ready):
-            os.unlink(kept)  # --undo shall find the run before
         journal.close()
+    # --undo shall find the run before; an interrupt does not come here: a caption may be on its way to the disk then
+    if kept and not settings.batch and not report.written and is_untouched(ready):
+        with contextlib.suppress(OSError):
+            os.unlink(kept)
 
 
 def describe_job(job: Job) -> str:

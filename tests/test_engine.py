@@ -475,7 +475,7 @@ def test_a_download_that_is_killed_goes_on_in_the_next_run(
         (
             401,
             {"X-Error-Message": "Invalid credentials in Authorization header"},
-            "{url} refuses the token, of HF_TOKEN",
+            "{url} refuses access: renew the token",
         ),
     ],
 )
