@@ -577,11 +577,11 @@ def resolve_settings(
                 chosen[item.name] = parse_value(source, spec.kind, text)
                 break
     if chosen.get("local"):
-        chosen |= choose_local(chosen["local"], flags)
+        chosen = {"timeout": LOCAL_TIMEOUT_S, **chosen, **choose_local(chosen["local"], flags)}
     if "thread_pool" not in chosen and is_this_machine(chosen.get("base_url", OPENAI_URL)):
         chosen["thread_pool"] = LOCAL_WORKERS
-    if "timeout" not in chosen and (chosen.get("service_tier") == "flex" or chosen.get("local")):
-        chosen["timeout"] = LOCAL_TIMEOUT_S if chosen.get("local") else FLEX_TIMEOUT_S
+    if "timeout" not in chosen and chosen.get("service_tier") == "flex":
+        chosen["timeout"] = FLEX_TIMEOUT_S
     if chosen["verbose"] and chosen["quiet"]:
         raise SettingsError("-v and -q: take one of them")
     return Settings(**chosen)
@@ -3522,6 +3522,11 @@ class Asker:
 # ---------------------------------------------------------------------------------------------------- Pool
 
 
+def count_processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 async def run_pool(jobs: Iterator[Any], handle: Callable[[Any], Awaitable[None]], workers: int, stop: Stop) -> None:
     """Handle each job in one of N workers; they share the iterator, so that a job is made when a worker is free.
 
@@ -5123,7 +5128,7 @@ SHA256 = {  # of the default model; of others the hub says it
     "mmproj-Qwen3VL-2B-Instruct-Q8_0.gguf": "f9a68fabba69c3b81e153367b2c7521030b0fa8bb0de400c9599c8e6725f9c82",
 }
 QUANTS = ("q4_k_m", "q8_0")  # taken when none is named, in this order, as llama.cpp does; else the first by name
-PROJECTOR_QUANTS = ("q8_0", "f16", "bf16")  # a smaller one would see less
+PROJECTOR_QUANTS = ("q8_0", "f16", "bf16")  # the same for projectors: Q8_0 is half of F16
 GET_ENGINE = "pip install -r requirements-local.txt"
 
 
@@ -5358,9 +5363,9 @@ def check_engine(model: str) -> None:
 
 # -------------------------------------------------------------------------------------------------- Engine
 
-IMAGE_TOKENS = 3328  # 13 tiles of 256, the most of the models that tile; models of any size are held to it
+IMAGE_TOKENS = 3328  # 13 tiles of 256, the most that InternVL makes; models of any size are held to it
 PROMPT_TOKENS = 1024  # of a model's template, and of what is filled in for an image, beside the prompt's own
-# Without them small models loop: https://github.com/QwenLM/Qwen3-VL#evaluation-reproduction
+# Qwen's own values; its models loop without: https://github.com/QwenLM/Qwen3-VL/issues/1611
 SAMPLING = {"temp": 0.7, "top_p": 0.8, "top_k": 20, "penalty_present": 1.5}
 PORT_TAKEN = "found its port taken"
 PORTS_TRIED = 3
@@ -5487,11 +5492,6 @@ def describe_end(code: int, said: str) -> str:
     last = shorten(next((a or b for a, b in reversed(errors)), ""), 160)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return f"{how}: {last}" if last else how
-
-
-def count_processors() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:
@@ -5908,7 +5908,7 @@ class Captioner:
         self._warned = False
         # no more images are decoded at once than there are processors: memory would grow, speed would not
         load_pillow()
-        self._decoders = asyncio.Semaphore(os.cpu_count() or 1)
+        self._decoders = asyncio.Semaphore(count_processors())
         # in one thread from the file to base64: each hand-over between threads costs as much as a small image
         load = look_at_file if settings.image_ref == "file" else load_image
         self._load = wrap(functools.partial(load, max_side=settings.max_side))
@@ -6430,7 +6430,7 @@ class BatchRun:
             await self._captioner.handle(job)
             if self._asker.is_proven:
                 break
-        await run_pool(queue, handle, os.cpu_count() or 1, self._stop)
+        await run_pool(queue, handle, count_processors(), self._stop)
         last = self._exporter.finish()
         if last and self._stop.cause is None:
             await self._begin(last, parts)
@@ -6625,7 +6625,7 @@ async def export_lines(
 
         failed = len(report.failed)
         try:
-            await run_pool(iter(jobs), handle, os.cpu_count() or 1, stop)
+            await run_pool(iter(jobs), handle, count_processors(), stop)
             exporter.finish()
         except OSError as error:
             stop.set(StopRun(f"{printable(folder)}: cannot be written: {error.strerror}"))

@@ -419,6 +419,27 @@ def test_a_renewal_that_fails_before_it_began_leaves_undo_as_it_was(
     assert captions(local.folder / "images") == first
 
 
+@linux
+def test_a_renewal_that_is_interrupted_keeps_its_originals_and_undo_goes_past_them(
+    local: Tool, tiny: Path, make_image: ImageMaker
+) -> None:
+    make_image("a.jpg")
+    local("--local", tiny, "--image-dir", "images")
+    first = captions(local.folder / "images")
+    local("--local", tiny, "--image-dir", "images", "--overwrite", "--prompt", "other words")
+    process = local.start("--local", tiny, "--image-dir", "images", "--overwrite", "--prompt", "third")
+    read_until(process, "loading")
+    engine = engine_of(process)
+    os.kill(engine, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130, said
+    assert len(list(Path(local.folder, "images/.gen-captions").glob("*.zip"))) == 2
+    local("--undo", "--image-dir", "images")
+    local("--undo", "--image-dir", "images")
+    assert captions(local.folder / "images") == first
+
+
 def test_a_long_prompt_has_room(local: Tool, tiny: Path, make_image: ImageMaker) -> None:
     make_image("a.jpg")
     local("--local", tiny, "--image-dir", "images", "--prompt", "describe the zebra carefully " * 300)
@@ -695,3 +716,11 @@ def test_a_llama_server_on_the_path_serves_as_well(
     assert done.returncode == 0, done.stderr
     assert len(captions(local.folder / "images")) == 1
     assert "this is the llama-server on the PATH" in Path(local.folder, "images/.gen-captions/engine.log").read_text()
+
+
+def test_a_local_model_has_more_time_and_fewer_workers_unless_told_otherwise() -> None:
+    flags = {"local": True, "verbose": False, "quiet": False}
+    settings = gc.resolve_settings(flags, {}, {})
+    assert (settings.local, settings.timeout, settings.thread_pool) == (gc.LOCAL_MODEL, 900.0, 2)
+    told = gc.resolve_settings(flags, {"GETCAP_TIMEOUT": "5", "GETCAP_THREAD_POOL": "3"}, {})
+    assert (told.timeout, told.thread_pool) == (5.0, 3)
