@@ -70,6 +70,13 @@ def engine_of(process: subprocess.Popen[str], *, but: int = 0) -> int:
     raise AssertionError("the run is over")
 
 
+def let_end(engine: int, handle: int) -> None:
+    """Let an engine that was stopped go on, unless it is gone, and wait until it is."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(engine, signal.SIGCONT)
+    wait_for_end(handle)
+
+
 def wait_for_end(handle: int) -> None:
     """Wait until a process is gone; fail after ten seconds."""
     assert select.select([handle], [], [], 10)[0], "the engine is still there"
@@ -202,10 +209,12 @@ def test_ctrl_c_while_the_engine_is_started_again_ends_the_run(local: Tool, tiny
     os.kill(first, signal.SIGKILL)
     read_until(process, "started once more")
     again = engine_of(process, but=first)
+    handle = os.pidfd_open(again)
     os.kill(again, signal.SIGSTOP)  # as a large model that takes its time
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 130 and "Captioned" in said, said
+    let_end(again, handle)
 
 
 @linux
@@ -430,10 +439,12 @@ def test_a_renewal_that_is_interrupted_keeps_its_originals_and_undo_goes_past_th
     process = local.start("--local", tiny, "--image-dir", "images", "--overwrite", "--prompt", "third")
     read_until(process, "loading")
     engine = engine_of(process)
+    handle = os.pidfd_open(engine)
     os.kill(engine, signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 130, said
+    let_end(engine, handle)
     assert len(list(Path(local.folder, "images/.gen-captions").glob("*.zip"))) == 2
     local("--undo", "--image-dir", "images")
     local("--undo", "--image-dir", "images")
