@@ -91,7 +91,9 @@ class Server:
     def put(self, address: str, **fields: Any) -> None:
         """Send a request to one of the server's own addresses."""
         url = self.url.removesuffix("/v1") + address
-        urllib.request.urlopen(urllib.request.Request(url, json.dumps(fields).encode(), method="PUT")).close()
+        urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(fields).encode(), method="PUT")
+        ).close()
 
     def reset(self, **script: Any) -> None:
         """Count from zero."""
@@ -116,15 +118,19 @@ class Server:
 
 def jpeg(size: tuple[int, int], quality: int) -> bytes:
     """Return a photo-like JPEG: smooth shapes and grain."""
-    noise = Image.effect_noise((size[0] // 4, size[1] // 4), 60).resize(size, Image.Resampling.BICUBIC)
+    noise = Image.effect_noise((size[0] // 4, size[1] // 4), 60).resize(
+        size, Image.Resampling.BICUBIC
+    )
     grain = Image.effect_noise(size, 18)
     output = io.BytesIO()
-    Image.merge("RGB", (noise, Image.blend(noise, grain, 0.5), grain)).save(output, "JPEG", quality=quality)
+    Image.merge("RGB", (noise, Image.blend(noise, grain, 0.5), grain)).save(
+        output, "JPEG", quality=quality
+    )
     return output.getvalue()
 
 
 def fill(folder: Path, number: int, data: bytes) -> Path:
-    """Return a folder of that many copies, each with a number behind its end: the same bytes are asked once only."""
+    """Return a folder of that many copies, each with a number behind its end, so that none is a twin."""
     folder.mkdir(parents=True)
     for index in range(number):
         (folder / f"{index:06}.jpg").write_bytes(data + b"%06d" % index)
@@ -144,7 +150,7 @@ def throughput(folder: Path) -> dict[str, Any]:
     commands["tool"] = [*TOOL, "--thread-pool", str(workers), "--caption-dir", "OUT", "--image-dir"]
     rounds: list[dict[str, tuple[float, float]]] = []
     with Server(latency) as server:
-        for _ in range(5):
+        for _ in range(3):
             rounds.append({})
             for name, command in commands.items():
                 costs = []
@@ -161,8 +167,12 @@ def throughput(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"ideal images/s": workers / latency}
     for which, unit in enumerate(("images/s", "CPU ms/image")):
         for name in commands:
-            found[f"{name}: {unit}"] = round(statistics.median(costs[name][which] for costs in rounds), 2)
-        for name in floors:  # each round's own ratio: what else the machine does changes from round to round
+            found[f"{name}: {unit}"] = round(
+                statistics.median(costs[name][which] for costs in rounds), 2
+            )
+        for name in (
+            floors
+        ):  # each round's own ratio: what else the machine does changes from round to round
             ratios = (costs["tool"][which] / costs[name][which] for costs in rounds)
             found[f"tool / {name}: {unit}"] = round(statistics.median(ratios), 2)
     return found
@@ -187,14 +197,20 @@ print(number / (time.perf_counter() - started), (time.process_time() - before) /
 def pillow_alone(photo: Path) -> tuple[float, float]:
     """Return the photos a second that Pillow makes ready on all processors at once, and its CPU seconds for one."""
     command = [sys.executable, "-c", PILLOW, str(photo), "40"]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(os.cpu_count() or 1)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for _ in range(os.cpu_count() or 1)
+    ]
     found = [[float(word) for word in process.communicate()[0].split()] for process in running]
     return sum(rate for rate, _ in found), statistics.mean(cpu_s for _, cpu_s in found)
 
 
 def photos(folder: Path) -> dict[str, Any]:
     """200 photos of a phone's and of a camera's size, 50 workers; the rate beside Pillow's own, median of 3."""
-    return {f"{width} x {height}": photos_of(folder, (width, height)) for width, height in ((4032, 3024), (6000, 4000))}
+    return {
+        f"{width} x {height}": photos_of(folder, (width, height))
+        for width, height in ((4032, 3024), (6000, 4000))
+    }
 
 
 def photos_of(folder: Path, size: tuple[int, int]) -> dict[str, Any]:
@@ -219,10 +235,18 @@ def photos_of(folder: Path, size: tuple[int, int]) -> dict[str, Any]:
             after = pillow_alone(one / "000000.jpg")
             rates.append(server.rate())
             shares.append(2 * rates[-1] / (before[0] + after[0]))
-            cpu_s.append(((before[1] + after[1]) / 2, (cost.cpu_s - start_up.cpu_s) / number, served / number))
+            cpu_s.append(
+                (
+                    (before[1] + after[1]) / 2,
+                    (cost.cpu_s - start_up.cpu_s) / number,
+                    served / number,
+                )
+            )
             costs.append(cost)
             before = after
-    pillow, tool, stand_in = (round(1000 * statistics.median(figures), 1) for figures in zip(*cpu_s, strict=True))
+    pillow, tool, stand_in = (
+        round(1000 * statistics.median(figures), 1) for figures in zip(*cpu_s, strict=True)
+    )
     shutil.rmtree(folder / "out")
     return {
         "original KB": len(data) // 1000,
@@ -295,41 +319,58 @@ def help(_folder: Path) -> dict[str, Any]:
     """--help beside an empty program with the same two imports."""
     shown = median(lambda: measure([*TOOL, "--help"]), 15)
     empty = median(lambda: measure([sys.executable, "-c", "import argparse, asyncio"]), 15)
-    return {"--help ms": round(1000 * shown.wall_s), "import argparse, asyncio ms": round(1000 * empty.wall_s)}
+    return {
+        "--help ms": round(1000 * shown.wall_s),
+        "import argparse, asyncio ms": round(1000 * empty.wall_s),
+    }
+
+
+REFUSED = {"status": 429, "headers": {"Retry-After": "1"}, "body": {"error": {"message": "no"}}}
+PACES: dict[str, tuple[int, dict[str, Any]]] = {  # workers, what the server does
+    "a": (100, {"requests_per_minute": 3000}),
+    "b": (100, {"requests_per_minute": 6000, "tokens_per_minute": 3_660_000}),
+    "c": (100, {"requests_per_minute": 3000}),
+    "d": (100, {"faults": 0.2}),
+    "e": (20, {"faults": 0.1, "fault": REFUSED}),
+}
 
 
 def pace(folder: Path) -> dict[str, Any]:
-    """1,000 images, 100 workers, limits that the tool is not told of; lost images, refused requests, share of the rate.
+    """1,000 images, limits that the tool is not told of: lost images, refused requests, the rate.
 
-    (a) 3,000 requests a minute; (b) 3,660,000 tokens a minute, which bind first at 50 requests a second; (c) 3,000
-    requests, halved after 6 s and whole again after 14 s; (d) no limit, every fifth request fails in one of seven ways.
+    100 workers: (a) 3,000 requests a minute; (b) 3,660,000 tokens a minute, which bind first at
+    50 requests a second; (c) 3,000 requests, halved after 6 s and whole again after 14 s; (d) no
+    limit, every fifth request fails in one of seven ways. 20 workers: (e) no limit, one request
+    in ten is refused at random and asks to wait a second.
     """
     images = fill(folder / "images", 1000, jpeg((64, 48), 60))
     found: dict[str, Any] = {}
-    scripts: dict[str, dict[str, Any]] = {
-        "a": {"requests_per_minute": 3000},
-        "b": {"requests_per_minute": 6000, "tokens_per_minute": 3_660_000},
-        "c": {"requests_per_minute": 3000},
-        "d": {"faults": 0.2},
-    }
-    command = [*TOOL, "--thread-pool", "100", "--image-dir", str(images), "--caption-dir", str(folder / "out")]
-    for name, script in scripts.items():
-        shutil.rmtree(folder / "out", ignore_errors=True)
+    for name, (workers, script) in PACES.items():
+        out = folder / f"out-{name}"
+        command = [*TOOL, "--thread-pool", str(workers), "--caption-dir", str(out)]
         with Server(0.2) as server:
             server.reset(**script)
-            changes = [threading.Timer(6, server.put, ["/limits"], {"requests": 1500})] if name == "c" else []
-            changes += [threading.Timer(14, server.put, ["/limits"], {"requests": 3000})] if name == "c" else []
+            changes = []
+            if name == "c":
+                for after_s, limit in ((6, 1500), (14, 3000)):
+                    put = threading.Timer(after_s, server.put, ["/limits"], {"requests": limit})
+                    changes.append(put)
             for change in changes:
                 change.start()
-            measure(command, OPENAI_BASE_URL=server.url)
-            stats = server.stats()
-        took = stats["arrivals"][-1]  # since the server began to count; it begins with a second's worth
-        allowed = 50 + 50 * took - (25 * 8 if name == "c" else 0)
-        found[name] = {
-            "lost": 1000 - len(list((folder / "out").glob("*.txt"))),
-            "refused": stats["statuses"].get("429", 0),
-            "s": round(took, 1),
-        } | ({} if name == "d" else {"share of the allowed rate": round(1000 / allowed, 3)})
+            measure([*command, "--image-dir", str(images)], OPENAI_BASE_URL=server.url)
+            stats, rate = server.stats(), server.rate()
+        took = stats["arrivals"][-1]  # since the server began to count
+        good = len(list(out.glob("*.txt")))
+        figures: dict[str, Any] = {"lost": 1000 - good, "s": round(took, 1)}
+        figures["refused"] = stats["statuses"].get("429", 0)
+        if name in "abc":  # the server begins with a second's worth
+            allowed = 50 + 50 * took - (25 * 8 if name == "c" else 0)
+            figures["share of the allowed rate"] = round(1000 / allowed, 3)
+        if name == "e":
+            answered = rate * good / len(stats["arrivals"])
+            figures["share of the full rate"] = round(answered / (workers / 0.2), 2)
+            figures["with the last images' waits"] = round(good / took / (workers / 0.2), 2)
+        found[name] = figures
     return found
 
 
@@ -376,7 +417,10 @@ def main() -> int:
     for benchmark in (throughput, photos, export, done, help, fix, pace):
         if benchmark.__name__ in names:
             with tempfile.TemporaryDirectory() as folder:
-                print(json.dumps({"benchmark": benchmark.__name__, **benchmark(Path(folder))}), flush=True)
+                print(
+                    json.dumps({"benchmark": benchmark.__name__, **benchmark(Path(folder))}),
+                    flush=True,
+                )
     return 0
 
 

@@ -39,7 +39,9 @@ async def ask_all(ask: Ask, workers: int, paths: Iterator[Path]) -> None:
 async def ask_by_sdk(url: str, workers: int, paths: Iterator[Path], *, transport: str) -> None:
     """Ask with chat.completions.create."""
     http_client = DefaultAioHttpClient() if transport == "aiohttp" else None
-    async with AsyncOpenAI(api_key="none", base_url=url, max_retries=0, http_client=http_client) as client:
+    async with AsyncOpenAI(
+        api_key="none", base_url=url, max_retries=0, http_client=http_client
+    ) as client:
 
         async def ask(image: bytes) -> object:
             return await client.chat.completions.create(
@@ -65,10 +67,14 @@ async def ask_by_aiohttp(url: str, workers: int, paths: Iterator[Path]) -> None:
     """Ask without the SDK."""
     head, _, tail = BODY.partition(b"IMAGE")
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, headers={"Content-Type": "application/json"}) as session:
+    async with aiohttp.ClientSession(
+        connector=connector, headers={"Content-Type": "application/json"}
+    ) as session:
 
         async def ask(image: bytes) -> object:
-            async with session.post(f"{url}/chat/completions", data=b"".join((head, image, tail))) as response:
+            async with session.post(
+                f"{url}/chat/completions", data=b"".join((head, image, tail))
+            ) as response:
                 return await response.json()
 
         await ask_all(ask, workers, paths)

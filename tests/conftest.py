@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import urllib.request
 import warnings
@@ -63,7 +65,14 @@ class Server:
     def batch(self, **wishes: Any) -> None:
         """Say what happens to batches from now on; all else goes on."""
         address = self.url.removesuffix("/v1") + "/batch"
-        urllib.request.urlopen(urllib.request.Request(address, json.dumps(wishes).encode(), method="PUT")).close()
+        urllib.request.urlopen(
+            urllib.request.Request(address, json.dumps(wishes).encode(), method="PUT")
+        ).close()
+
+    def release(self) -> None:
+        """Let the answers go that the script holds."""
+        address = self.url.removesuffix("/v1") + "/release"
+        urllib.request.urlopen(urllib.request.Request(address, b"{}", method="PUT")).close()
 
     def stats(self) -> dict[str, Any]:
         """Return what was seen since the script was set."""
@@ -104,17 +113,24 @@ def become_the_tool(arguments: list[str], environment: dict[str, str]) -> NoRetu
     """
     code: object = 1
     try:
-        os.closerange(3, 4096)  # our parent waits for that, and no pipe of another process is held open
+        os.closerange(
+            3, 4096
+        )  # our parent waits for that, and no pipe of another process is held open
         os.environ.clear()
         os.environ.update(environment)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python starts
         signal.signal(signal.SIGINT, signal.default_int_handler)
         warnings.resetwarnings()
         warnings.simplefilter("ignore")
+        logging.root.handlers.clear()  # pytest's
         sys.argv = [str(TOOL), *arguments]
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, encoding="utf-8", errors=errors, buffering=1 if number == 2 else -1)  # noqa: SIM115
-            for number, mode, errors in ((0, "r", "strict"), (1, "w", "strict"), (2, "w", "backslashreplace"))
+            for number, mode, errors in (
+                (0, "r", "strict"),
+                (1, "w", "strict"),
+                (2, "w", "backslashreplace"),
+            )
         )
         script = sys.modules["__main__"] = ModuleType("__main__")
         script.__file__ = str(TOOL)
@@ -163,11 +179,15 @@ class Tool:
             errors="replace",
         )
 
-    def __call__(self, *arguments: str | Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *arguments: str | Path, code: int = 0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run it to its end; assert the exit code, and that the key is in no output."""
         process = self.start(*arguments, **environment)
         out, err = process.communicate(timeout=60)
-        assert process.returncode == code, f"exit {process.returncode}, expected {code}\n{out}\n{err}"
+        assert process.returncode == code, (
+            f"exit {process.returncode}, expected {code}\n{out}\n{err}"
+        )
         assert KEY not in out + err
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -186,7 +206,11 @@ def make_image(tmp_path: Path) -> ImageMaker:
     """Return a maker of image files below images/."""
 
     def make(
-        name: str, size: tuple[int, int] = (64, 48), colour: str = "red", mode: str = "RGB", **options: Any
+        name: str,
+        size: tuple[int, int] = (64, 48),
+        colour: str = "red",
+        mode: str = "RGB",
+        **options: Any,
     ) -> Path:
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,5 +225,24 @@ def make_image(tmp_path: Path) -> ImageMaker:
 def captions(folder: Path) -> dict[str, str]:
     """Return the captions below a folder by relative path."""
     return {
-        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.txt"))
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(folder.rglob("*.txt"))
     }
+
+
+def wait_for(is_so: Callable[[], object]) -> None:
+    """Return when something is so; the limit is for a tool that hangs."""
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def snapshot(folder: Path, pattern: str = "*") -> dict[str, tuple[bytes, int, int]]:
+    """Return what is below a folder: the bytes, time and permissions of each file."""
+    found = {}
+    for path in sorted(folder.rglob(pattern)):
+        status = path.stat()
+        data = path.read_bytes() if path.is_file() else b""
+        found[path.relative_to(folder).as_posix()] = (data, status.st_mtime_ns, status.st_mode)
+    return found

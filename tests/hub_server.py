@@ -8,7 +8,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -43,7 +43,11 @@ class Hub(ThreadingHTTPServer):
 
     def asked(self, start: str) -> list[dict[str, str]]:
         """Return the headers of the requests whose method and path begin so."""
-        return [headers for method, path, headers in self.requests if f"{method} {path}".startswith(start)]
+        return [
+            headers
+            for method, path, headers in self.requests
+            if f"{method} {path}".startswith(start)
+        ]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -51,7 +55,6 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Hub
     protocol_version = "HTTP/1.1"
-    MARK: ClassVar = {"X-Repo-Commit": COMMIT}
 
     def do_HEAD(self) -> None:
         """As GET, without a body."""
@@ -61,11 +64,15 @@ class Handler(BaseHTTPRequestHandler):
         """Answer by the path."""
         hub = self.server
         path = self.path.partition("?")[0]
-        hub.requests.append((self.command, path, {name.lower(): value for name, value in self.headers.items()}))
+        hub.requests.append(
+            (self.command, path, {name.lower(): value for name, value in self.headers.items()})
+        )
         if hub.refusal:
             self.send(hub.refusal[0], b"{}", hub.refusal[1])
         elif path.startswith("/api/models/"):
-            self.send(200, json.dumps(self.listing(path)).encode(), {"Content-Type": "application/json"})
+            self.send(
+                200, json.dumps(self.listing(path)).encode(), {"Content-Type": "application/json"}
+            )
         elif path.startswith("/cdn/"):
             self.send_file(hub.folder / path.removeprefix("/cdn/"))
         else:
@@ -74,18 +81,34 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
                 return
             data = (hub.folder / name).read_bytes()
-            linked = {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
+            linked = {
+                "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
+                "X-Linked-Size": str(len(data)),
+            }
             location = f"http://localhost:{hub.server_port}/cdn/{name}"
-            self.send(302, b"", {**self.MARK, **linked, "Location": location})
+            commit = next((part for part in path.split("/") if len(part) == 40), COMMIT)
+            self.send(302, b"", {"X-Repo-Commit": commit, **linked, "Location": location})
 
     def listing(self, path: str) -> dict[str, Any]:
         """Return what the hub says of a repository."""
         files = []
         for file in sorted(self.server.folder.iterdir()):
             data = file.read_bytes()
-            lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-            files.append({"rfilename": file.name, "size": len(data), "blobId": "0" * 40, "lfs": lfs})
-        return {"id": "/".join(path.split("/")[3:5]), "sha": COMMIT, "siblings": files, "tags": [], "private": False}
+            lfs = {
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "size": len(data),
+                "pointerSize": 134,
+            }
+            files.append(
+                {"rfilename": file.name, "size": len(data), "blobId": "0" * 40, "lfs": lfs}
+            )
+        return {
+            "id": "/".join(path.split("/")[3:5]),
+            "sha": COMMIT,
+            "siblings": files,
+            "tags": [],
+            "private": False,
+        }
 
     def send_file(self, file: Path) -> None:
         """Send a file, or the part of it that is asked for."""

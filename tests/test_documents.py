@@ -1,4 +1,4 @@
-"""README, .env.example, requirements and --help say the same as the table of settings."""
+"""README, docs, .env.example, requirements and the examples say what the tool does."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import subprocess
 import sys
 import tomllib
 
-import pytest
-
 import gen_captions as gc
 from conftest import ROOT, TOOL, Server, Tool, captions
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SETTINGS = [(item, spec) for item, spec in gc.specs() if spec.variable]
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+SOURCE = TOOL.read_text(encoding="utf-8")
 
 
 def shown(default: object) -> str:
@@ -21,62 +20,82 @@ def shown(default: object) -> str:
 
 
 def requirements(name: str) -> set[str]:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
-    return {line for line in lines if line}
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return {line for line in (line.partition("#")[0].strip() for line in lines) if line}
 
 
-def test_the_readme_table_is_the_table_of_settings() -> None:
-    rows = re.findall(r"^\| `((?:OPENAI|GETCAP)_\w+)` \| (.+?) \| (.+?) \| (.+) \|$", README, re.MULTILINE)
+def test_the_pages_are_short_enough_to_be_read() -> None:
+    assert README.count("\n") <= 200
+    assert README.count("\n") + sum(text.count("\n") for text in DOCS.values()) <= 650
+
+
+def test_docs_settings_is_the_table_of_settings() -> None:
+    listed = re.findall(
+        r"^\| (.*?) \| (.*?) \| (.*?) \| (.*) \|$", DOCS["settings.md"], re.MULTILINE
+    )
     expected = []
-    for item, spec in SETTINGS:
-        flag = "none: others could see it" if spec.kind is gc.SECRET else f"`{gc.flag_name(item.name)}`"
-        default = "none" if item.default in {None, ""} else f"`{shown(item.default)}`"
-        expected.append((spec.variable, flag, default, spec.help))
-    assert sorted(rows) == sorted(expected)
+    for name, default, variable, meaning, reader, _ in gc.rows():
+        flag = "`-n`, `--dry-run`" if name == "dry_run" else f"`{gc.flag_of(name)}`"
+        flag = "none: others could see it" if reader is gc.A_KEY else flag
+        value = "" if default in {None, "", False} else f"`{shown(default)}`"
+        expected.append((flag, f"`{variable}`" if variable else "", value, meaning))
+    assert listed[1:] == expected
+
+
+def test_the_readme_has_the_six_variables_of_the_first_week() -> None:
+    listed = re.findall(r"^\| `([A-Z_]+)` \|", README, re.MULTILINE)
+    assert listed == [
+        "OPENAI_API_KEY",
+        "GETCAP_THREAD_POOL",
+        "GETCAP_THROTTLE_SUBMISSION_RATE",
+        "GETCAP_THROTTLE_RETRIES",
+        "GETCAP_THROTTLE_BACKOFF_FACTOR",
+        "GETCAP_LOG_LEVEL",
+    ]
 
 
 def test_env_example_has_every_variable_with_its_meaning_and_default() -> None:
     text = (ROOT / ".env.example").read_text(encoding="ascii")
-    for item, spec in SETTINGS:
-        value = gc.KEY_PLACEHOLDER if spec.kind is gc.SECRET else "" if item.default is None else shown(item.default)
-        mark = "" if spec.kind is gc.SECRET else "# "
-        assert f"# {spec.help}\n{mark}{spec.variable}={value}\n" in text
-    assert len(re.findall(r"^(?:# )?[A-Z_]+=", text, re.MULTILINE)) == len(SETTINGS)
+    variables = [row for row in gc.rows() if row[2]]
+    for _, default, variable, meaning, reader, _ in variables:
+        is_key = reader is gc.A_KEY
+        value = "sk-your-key" if is_key else "" if default is None else shown(default)
+        assert f"# {meaning}\n{'' if is_key else '# '}{variable}={value}\n" in text
+    assert len(re.findall(r"^(?:# )?[A-Z_]+=", text, re.MULTILINE)) == len(variables)
 
 
-def test_env_example_with_a_key_put_in_is_a_valid_dotenv(tool: Tool) -> None:
+def test_env_example_with_all_lines_switched_on_is_read(tool: Tool, server: Server) -> None:
     text = (ROOT / ".env.example").read_text(encoding="ascii").replace("\n# GETCAP", "\nGETCAP")
     (tool.folder / ".env").write_text(text, encoding="ascii")
-    (tool.folder / "images").mkdir()
-    tool("-n", "--image-dir", "images")
+    done = tool("-n", ROOT / "examples" / "images", "--caption-dir", "out")
+    assert "4 planned" in done.stderr
+    assert server.stats()["requests"] == 0
 
 
-def test_the_script_block_says_what_requirements_txt_says() -> None:
-    block = re.search(r"^# /// script\n(.*?)^# ///$", TOOL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def test_all_lists_of_requirements_say_the_same() -> None:
+    block = re.search(r"^# /// script\n(.*?)^# ///$", SOURCE, re.MULTILINE | re.DOTALL)
     assert block
     script = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(script["dependencies"]) == requirements("requirements.txt")
-    assert script["requires-python"] == ">=3.11"
+    assert set(project["dependencies"]) == requirements("requirements.txt")
+    local = requirements("requirements-local.txt") - {"--only-binary xllamacpp"}
+    assert set(project["optional-dependencies"]["local"]) == local
+    assert script["requires-python"] == project["requires-python"] == ">=3.11"
 
 
-def test_the_readme_explains_every_message_it_lists() -> None:
-    source = TOOL.read_text(encoding="utf-8")
-    listed = re.search(r"\| Message \|.*?\n\n", README, re.DOTALL)
-    assert listed
-    for row in re.findall(r"^\| (`.+?) \|", listed[0], re.MULTILINE):
-        for message in re.findall(r"`(.+?)`", row):
-            words = message.replace("OPENAI_API_KEY is not set", "not set").replace("10 images", "images")
-            assert re.sub(r"HTTP \d+", "HTTP {", words) in source, message
+def test_every_message_that_is_explained_is_one_of_the_tool() -> None:
+    rows = re.findall(r"^\| (`.+?`(?:, `.+?`)*) \|", DOCS["messages.md"], re.MULTILINE)
+    assert rows
+    words = " ".join(re.sub(r'"\s*\n\s*f?"', "", SOURCE).split())  # texts that go on in a new line
+    for message in re.findall(r"`(.+?)`", " ".join(rows)):
+        assert message in words, message
 
 
-def test_every_failure_that_the_gate_names_is_explained_in_the_readme() -> None:
-    for reason in re.findall(r'(?:FailImage|CutOff|Failed)\((?:\w+, )?"([^"]+)"', TOOL.read_text(encoding="utf-8")):
-        known = reason in README or reason in {
-            "error text", "unexpected", "unreadable file", "unreadable folder", "unreadable caption",
-            "not a file", "name too long", "not written", "report not written", "image too large", "caption folder",
-                "asked once",
-        }  # fmt: skip
-        assert known, reason
+def test_every_file_that_the_pages_link_to_is_there() -> None:
+    for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in DOCS.values())]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (folder / target).exists(), target
 
 
 def test_the_changelog_knows_the_version() -> None:
@@ -84,24 +103,47 @@ def test_the_changelog_knows_the_version() -> None:
 
 
 def test_the_examples_are_captioned_and_their_origin_is_stated(tool: Tool, server: Server) -> None:
-    tool(
-        "--image-dir",
-        ROOT / "examples" / "images",
-        "--caption-dir",
-        "out",
-        "--config-dir",
-        ROOT / "examples" / "config",
-    )
-    assert sorted(captions(tool.folder / "out")) == ["cat.txt", "coffee.txt", "night/rocket.txt", "shapes.txt"]
+    images, config = ROOT / "examples" / "images", ROOT / "examples" / "config"
+    tool("--image-dir", images, "--caption-dir", "out", "--config-dir", config)
+    written = captions(tool.folder / "out")
+    assert sorted(written) == ["cat.txt", "coffee.txt", "night/rocket.txt", "shapes.txt"]
     assert server.stats()["wrong"] == []
     origin = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    for path in (ROOT / "examples" / "images").rglob("*.*"):
+    for path in images.rglob("*.*"):
         assert path.relative_to(ROOT / "examples").as_posix() in origin
 
 
-@pytest.mark.parametrize("arguments", [["--image-dir", str(ROOT / "examples" / "images"), "--caption-dir", "out"]])
-def test_the_stand_in_server_runs_a_command_and_ends_with_it(tool: Tool, arguments: list[str]) -> None:
-    command = [sys.executable, str(ROOT / "tests" / "vision_server.py"), "--", sys.executable, str(TOOL), *arguments]
-    done = subprocess.run(command, cwd=tool.folder, env=tool.environment, capture_output=True, text=True, check=False)
+def test_the_run_that_the_readme_shows_looks_like_a_real_one(tool: Tool) -> None:
+    example = re.search(
+        r"^\$ gen-captions \./images (.*)\n(.*)\n\$ cat .*\n(.*)$", README, re.MULTILINE
+    )
+    assert example
+    options, summary, caption = example.groups()
+    images = ROOT / "examples" / "images"
+    done = tool(images, "--caption-dir", "out", "--price", "0.10/0.50", *options.split())
+    shape = re.sub(r"[\d,.]+", "1", summary)
+    assert re.sub(r"[\d,.]+", "1", done.stderr.splitlines()[-1]) == shape
+    assert all(text.startswith(caption[:6]) for text in captions(tool.folder / "out").values())
+
+
+def test_the_stand_in_server_runs_a_command_and_ends_with_it(tool: Tool) -> None:
+    server = [sys.executable, str(ROOT / "tests" / "vision_server.py"), "--"]
+    images = str(ROOT / "examples" / "images")
+    command = [*server, sys.executable, str(TOOL), images, "--caption-dir", "out"]
+    done = subprocess.run(
+        command,
+        cwd=tool.folder,
+        env=tool.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert all(text.startswith("Stand-in for a caption") for text in captions(tool.folder / "out").values())
+    written = captions(tool.folder / "out").values()
+    assert all(text.startswith("Stand-in for a caption") for text in written)
+
+
+def test_the_stand_in_server_needs_no_test_tools() -> None:
+    source = (ROOT / "tests" / "vision_server.py").read_text(encoding="utf-8")
+    needed = re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)
+    assert set(needed) <= {*sys.stdlib_module_names, "aiohttp", "PIL"}

@@ -1,106 +1,80 @@
-"""Without a key: the servers on this machine that need none."""
+"""Models of one's own: the servers that run here, the files that make a model."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 import gen_captions as gc
 
-ANSWERS: dict[str, Any] = {
-    "/api/tags": {"models": [{"name": "words:1b"}, {"name": "eyes:2b"}]},
-    "words:1b": {"capabilities": ["completion"]},
-    "eyes:2b": {"capabilities": ["completion", "vision"]},
-    "/api/v0/models": {"data": [{"id": "words", "type": "llm"}, {"id": "eyes", "type": "vlm"}]},
-    "/props": {"modalities": {"vision": True}},
-    "/v1/models": {"data": [{"id": "eyes.gguf", "owned_by": "vllm"}]},
-}
 
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers as the four servers do."""
-
-    def do_GET(self) -> None:
-        """Answer by the path."""
-        self.answer(self.path)
-
-    def do_POST(self) -> None:
-        """Answer by the model."""
-        self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"])
-
-    def answer(self, name: str) -> None:
-        """Send JSON."""
-        data = json.dumps(ANSWERS[name]).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture
-def url() -> Iterator[str]:
-    """The address of such a server."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.mark.parametrize(("name", "paths"), [(name, paths) for name, _, paths in gc.LOCAL_SERVERS])
-def test_a_server_with_a_vision_model_is_offered_with_the_words_to_use_it(
-    url: str, name: str, paths: tuple[str, ...]
-) -> None:
-    model = {"Ollama": "eyes:2b", "LM Studio": "eyes"}.get(name, "eyes.gguf")
-    assert (
-        gc.describe_local_servers([(name, url, paths)])
-        == f"; {name} runs here: add --base-url {url}/v1 --model {model}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("path", "answer"),
-    [
-        ("/api/tags", {"models": [{"name": "words:1b"}]}),
-        ("/api/tags", {"models": "none"}),
-        ("/api/v0/models", {"data": [{"id": "words", "type": "llm"}]}),
-        ("/props", {"modalities": {"vision": False}}),
-        ("/props", []),
-    ],
-)
-def test_a_server_without_one_is_not(url: str, monkeypatch: pytest.MonkeyPatch, path: str, answer: Any) -> None:
-    monkeypatch.setitem(ANSWERS, path, answer)
-    servers = [(name, url, paths) for name, _, paths in gc.LOCAL_SERVERS if path in paths]
-    assert gc.describe_local_servers(servers) == ""
-
-
-@pytest.mark.parametrize("words", [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 200_000, b""])
-def test_what_speaks_no_http_is_passed_over(words: bytes) -> None:
+@contextlib.contextmanager
+def listen(answer: bytes) -> Iterator[int]:
+    """Give one answer to whoever connects; yield the port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def answer() -> None:
+        def serve() -> None:
             connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError):
+            with connection:
                 connection.recv(1000)
-                connection.sendall(words)
+                connection.sendall(answer)
 
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=serve)
         thread.start()
-        assert gc.ask_local(f"http://127.0.0.1:{listener.getsockname()[1]}") == {}
+        yield listener.getsockname()[1]
         thread.join()
 
 
-def test_where_nothing_runs_nothing_is_said() -> None:
-    assert gc.describe_local_servers([("Ollama", "http://127.0.0.1:9", ("/api/tags", "/api/show"))]) == ""
+OK = b"HTTP/1.1 200 OK\r\n\r\n"
+MODELS = OK + b'{"data": [{"id": "eyes:2b"}, {"id": "my words.gguf"}]}'
+
+
+def test_servers_that_run_here_are_named_ready_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listen(MODELS) as port:
+        monkeypatch.setattr(gc, "LOCAL_SERVERS", {"Ollama": port, "vLLM": 9})
+        (line,) = gc.describe_local_servers()
+    use = f"--base-url http://127.0.0.1:{port}/v1 --model eyes:2b (or 'my words.gguf')"
+    assert line == f"Ollama: {use}"
+
+
+ELSEWHERE = b"HTTP/1.1 302 Found\r\nLocation: http://192.0.2.1/\r\nContent-Length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-x\r\n", OK + b"[" * 9999, OK + b"{}", ELSEWHERE])
+def test_what_is_no_model_server_is_passed_over(answer: bytes) -> None:
+    with listen(answer) as port:
+        assert gc.list_models(port) == []
+
+
+TWO = ["Eyes-2B-Q8_0.gguf", "Eyes-2B-Q4_K_M.gguf", "mmproj-Eyes-2B-F16.gguf", "README.md"]
+FOLDER = ["at/a-1b.gguf", "at/b-2b.gguf", "at/mmproj-a-1b.gguf", "at/mmproj-b-2b.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("names", "quant", "files"),
+    [
+        (TWO, "Q4_K_M", ("Eyes-2B-Q4_K_M.gguf", "mmproj-Eyes-2B-F16.gguf")),
+        (TWO, "q8_0", ("Eyes-2B-Q8_0.gguf", "mmproj-Eyes-2B-F16.gguf")),
+        (["m.Q4_K_M.gguf", "m.Q4_K.gguf", "mmproj.gguf"], "Q4_K", ("m.Q4_K.gguf", "mmproj.gguf")),
+        (FOLDER, "a-1b.gguf", ("at/a-1b.gguf", "at/mmproj-a-1b.gguf")),
+        (FOLDER, "b-2b.gguf", ("at/b-2b.gguf", "at/mmproj-b-2b.gguf")),
+        (
+            TWO,
+            "Q5_K",
+            "no Q5_K model with its mmproj file; GGUF files there: Eyes-2B-Q4_K_M.gguf, ",
+        ),
+        (["m-Q8_0.gguf"], "Q8_0", "no Q8_0 model with its mmproj file; GGUF files there: m-Q8_0"),
+        (["model.safetensors"], "Q8_0", "GGUF files there: none"),
+    ],
+)
+def test_model_and_projector_are_chosen(names: list[str], quant: str, files: Any) -> None:
+    if isinstance(files, str):
+        with pytest.raises(ValueError, match=files):
+            gc.choose_files(names, quant)
+    else:
+        assert gc.choose_files(names, quant) == files

@@ -65,7 +65,9 @@ IMAGE_VOICE = 4.0
 FOLLOWER_VOICE = 2.0
 END_BIAS = 5.0
 END_DELAY = 170.0
-SHARPNESS = 0.35  # of the answer's distribution: keeps sampling at usual temperatures within the grammar
+SHARPNESS = (
+    0.35  # of the answer's distribution: keeps sampling at usual temperatures within the grammar
+)
 
 WORDS: dict[str, str] = {
     "first": "A The This One Another Our Every Each",  # no leading space: the answer's first word
@@ -97,11 +99,16 @@ FOLLOWERS: dict[str, dict[str, float]] = {
     "stop": {"start": 1.0},
 }
 CLASS_NAMES = list(WORDS)
-UNCOUNTED = {"first", "start", "determiner", "stop"}  # they have to come back, and prompts can contain their tokens
+UNCOUNTED = {
+    "first",
+    "start",
+    "determiner",
+    "stop",
+}  # they have to come back, and prompts can contain their tokens
 
 # Prompts are cut into letters and these pieces. None has a leading space, so that no merge can make an answer's word
 # (" dog") out of a prompt: the counting head must count only what was said in the answer.
-PIECES = (  # noqa: SIM905
+PIECES = (
     "th he in er an re on at en nd ti es or te of ed is it al ar st to nt ng se ha as ou io le ve co me de hi ri ro "
     "ic ne ea ra ce li ch ll be ma si om ur ca el ta la ns di fo ho pe ec pr no ct us ac ot il tr ly nc et ut ss so "
     "rs un lo wa ge ie wh ee wi em ad ol rt po we na ul ni ts mo ow pa im mi ai sh ing ion tio ent ati for her ter "
@@ -200,7 +207,9 @@ def _attention(rng: np.random.Generator) -> dict[str, Array]:
     out[FEW_SAID, 0] = 1.0
     look = slice(HEAD_WIDTH, 2 * HEAD_WIDTH)
     v[look, CONTENT] = rng.standard_normal((HEAD_WIDTH, CONTENT_WIDTH)) / np.sqrt(CONTENT_WIDTH)
-    out[WANTED, look] = IMAGE_VOICE * rng.standard_normal((CONTENT_WIDTH, HEAD_WIDTH)) / np.sqrt(HEAD_WIDTH)
+    out[WANTED, look] = (
+        IMAGE_VOICE * rng.standard_normal((CONTENT_WIDTH, HEAD_WIDTH)) / np.sqrt(HEAD_WIDTH)
+    )
     said = np.arange(2 * HEAD_WIDTH, 2 * HEAD_WIDTH + CONTENT_WIDTH)
     v[said, CONTENT] = np.eye(CONTENT_WIDTH)
     out[WANTED, said] = -REPETITION * np.eye(CONTENT_WIDTH)
@@ -212,8 +221,12 @@ def _feed_forward(rng: np.random.Generator) -> dict[str, Array]:
     gate, up = (np.zeros((FEED_FORWARD, WIDTH), np.float32) for _ in range(2))
     down = np.zeros((WIDTH, FEED_FORWARD), np.float32)
     for matrix in (gate, up):
-        matrix[:, CONTENT] = rng.standard_normal((FEED_FORWARD, CONTENT_WIDTH)) / np.sqrt(CONTENT_WIDTH)
-    down[WANTED] = FOLLOWER_VOICE * rng.standard_normal((CONTENT_WIDTH, FEED_FORWARD)) / np.sqrt(FEED_FORWARD)
+        matrix[:, CONTENT] = rng.standard_normal((FEED_FORWARD, CONTENT_WIDTH)) / np.sqrt(
+            CONTENT_WIDTH
+        )
+    down[WANTED] = (
+        FOLLOWER_VOICE * rng.standard_normal((CONTENT_WIDTH, FEED_FORWARD)) / np.sqrt(FEED_FORWARD)
+    )
     return {"ffn_gate": gate, "ffn_up": up, "ffn_down": down}
 
 
@@ -296,7 +309,9 @@ def _write_projector(path: Path, rng: np.random.Generator) -> None:
     ones = np.ones(VISION_WIDTH, np.float32)
     # Neighbouring pixels are alike, so a kernel constant over blocks of pixels sees more than a noisy one.
     block = PATCH // 4
-    kernel = random(VISION_WIDTH, 3, 4, 4).repeat(block, axis=2).repeat(block, axis=3) / np.float32(block)
+    kernel = random(VISION_WIDTH, 3, 4, 4).repeat(block, axis=2).repeat(block, axis=3) / np.float32(
+        block
+    )
     _add(writer, "v.patch_embd.weight", kernel)
     _add(writer, "v.pre_ln.weight", ones)
     _add(writer, "v.post_ln.weight", ones)
@@ -310,7 +325,9 @@ def _write_projector(path: Path, rng: np.random.Generator) -> None:
     # gelu(x) - gelu(-x) = x: a projection without the offset, common to all images, of one gelu.
     inward = np.eye(VISION_WIDTH, dtype=np.float32)
     turn = np.linalg.qr(rng.standard_normal((CONTENT_WIDTH, VISION_WIDTH)))[0]
-    outward = LEVEL / np.sqrt(VISION_WIDTH) * turn  # features of size 1 become content of the usual length
+    outward = (
+        LEVEL / np.sqrt(VISION_WIDTH) * turn
+    )  # features of size 1 become content of the usual length
     _add(writer, "mm.1.weight", np.concatenate([inward, -inward]))
     project = np.zeros((WIDTH, 2 * VISION_WIDTH), np.float32)
     project[CONTENT] = np.concatenate([outward, -outward], axis=1)

@@ -11,6 +11,7 @@ while it runs by requests to two addresses of its own:
     PUT /script   what the next requests meet; starts the counts anew (see Script)
     PUT /limits   other limits a minute, by unit; the counts go on
     PUT /batch    another `batch` of the script; the counts go on
+    PUT /release  let the answers go that the script holds
     GET /stats    what was seen so far (see Stats)
 
 A step of the script is a JSON object; all its keys are optional:
@@ -36,6 +37,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,16 +56,24 @@ COLOURS = {
 class Script:
     """What the server does; every field can be set by PUT /script."""
 
-    steps: list[dict[str, Any]] = field(default_factory=list)  # one for each of the next requests, in turn
+    steps: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # one for each of the next requests, in turn
     then: dict[str, Any] = field(default_factory=dict)  # for every request after them
     latency: float = 0.0  # seconds before each answer
+    hold_after: int | None = None  # answers after so many requests wait for PUT /release
     faults: float = 0.0  # share of requests that meet one of FAULTS, the same ones each time
+    fault: dict[str, Any] = field(
+        default_factory=dict
+    )  # the step that they meet, instead of FAULTS in turn
     key: str = ""  # the only key that is let in
     rejects: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # parameter: the body of a 400 for requests with it
     model: str = ""  # the only model there is
-    requests_per_minute: float = 0.0  # the x-ratelimit headers tell; over it there is a 429 with Retry-After
+    requests_per_minute: float = (
+        0.0  # the x-ratelimit headers tell; over it there is a 429 with Retry-After
+    )
     tokens_per_minute: float = 0.0  # the same, counted by the usage of each answer
     check: bool = True  # whether images are decoded
     tier: str = ""  # what answers are billed as; blank is what was asked for
@@ -83,8 +93,12 @@ class Stats:
     peak_in_flight: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)  # what was wrong with requests
-    images: list[list[Any]] = field(default_factory=list)  # format, width, height, bytes of the last 1,000
-    bodies: list[dict[str, Any]] = field(default_factory=list)  # the last 100 bodies, images left out
+    images: list[list[Any]] = field(
+        default_factory=list
+    )  # format, width, height, bytes of the last 1,000
+    bodies: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # the last 100 bodies, images left out
     arrivals: list[float] = field(default_factory=list)  # seconds since the script was set
     uploads: list[list[str]] = field(default_factory=list)  # the ids in each file
     batches: list[str] = field(default_factory=list)  # the file of each batch that was made
@@ -95,15 +109,18 @@ class Stats:
 class Bucket:
     """A rate limit as OpenAI keeps it: refilled steadily, a minute's worth at most."""
 
-    def __init__(self, unit: str, per_minute: float) -> None:
+    def __init__(
+        self, unit: str, per_minute: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.unit = unit
+        self.clock = clock
         self.per_minute = per_minute
         self.left = per_minute / 60  # one second's worth: the limit shows from the start
-        self.at = time.monotonic()
+        self.at = clock()
 
     def refill(self) -> None:
         """Add what has come back since the last look."""
-        now = time.monotonic()
+        now = self.clock()
         self.left = min(self.per_minute, self.left + (now - self.at) * self.per_minute / 60)
         self.at = now
 
@@ -127,8 +144,13 @@ def describe(image: Image.Image) -> str:
     """Return the stand-in for a caption."""
     pixel = image.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     assert isinstance(pixel, tuple)
-    name = min(COLOURS, key=lambda name: sum((a - b) ** 2 for a, b in zip(pixel, COLOURS[name], strict=True)))
-    return f"Stand-in for a caption: a mostly {name} picture, {image.width} by {image.height} pixels."
+    name = min(
+        COLOURS,
+        key=lambda name: sum((a - b) ** 2 for a, b in zip(pixel, COLOURS[name], strict=True)),
+    )
+    return (
+        f"Stand-in for a caption: a mostly {name} picture, {image.width} by {image.height} pixels."
+    )
 
 
 def look_at(url: str) -> tuple[list[Any], str]:
@@ -144,8 +166,15 @@ def look_at(url: str) -> tuple[list[Any], str]:
 
 def find_image(body: dict[str, Any]) -> str:
     """Return the data URL of a request, blank when it has none."""
-    parts = [part for message in body.get("messages", []) for part in message["content"] if isinstance(part, dict)]
-    return next((str(part["image_url"]["url"]) for part in parts if part.get("type") == "image_url"), "")
+    parts = [
+        part
+        for message in body.get("messages", [])
+        for part in message["content"]
+        if isinstance(part, dict)
+    ]
+    return next(
+        (str(part["image_url"]["url"]) for part in parts if part.get("type") == "image_url"), ""
+    )
 
 
 class VisionServer:
@@ -161,7 +190,9 @@ class VisionServer:
         self.steps = iter(script.steps)
         self.random = random.Random(7)
         limits = {"requests": script.requests_per_minute, "tokens": script.tokens_per_minute}
-        self.buckets = [Bucket(unit, per_minute) for unit, per_minute in limits.items() if per_minute]
+        self.buckets = [
+            Bucket(unit, per_minute) for unit, per_minute in limits.items() if per_minute
+        ]
         self.fault_kinds = itertools.cycle(FAULTS)
         self.started = time.monotonic()
         self.files: dict[str, bytes] = {}
@@ -186,13 +217,23 @@ class VisionServer:
         self.script.batch = await request.json()
         return web.json_response({})
 
+    async def release(self, _request: web.Request) -> web.Response:
+        """PUT /release: hold no answers any more."""
+        self.script.hold_after = None
+        return web.json_response({})
+
     async def get_stats(self, _request: web.Request) -> web.Response:
         """GET /stats."""
         return web.json_response(asdict(self.stats))
 
     async def get_model(self, request: web.Request) -> web.Response:
         """GET /v1/models/NAME."""
-        model = {"id": request.match_info["model"], "object": "model", "created": 0, "owned_by": "stand-in"}
+        model = {
+            "id": request.match_info["model"],
+            "object": "model",
+            "created": 0,
+            "owned_by": "stand-in",
+        }
         return web.json_response({**model, "shutdown_date": self.script.shutdown_date})
 
     async def interfere(self, request: web.Request, *, done: bool = False) -> None:
@@ -239,11 +280,18 @@ class VisionServer:
         await self.interfere(request)
         name = request.match_info["id"]
         if "output" in self.script.batch:
-            return web.Response(text=self.script.batch["output"], content_type="application/octet-stream")
+            return web.Response(
+                text=self.script.batch["output"], content_type="application/octet-stream"
+            )
         if name not in self.files:
-            return web.json_response({"error": {"message": f"No such File object: {name}"}}, status=404)
+            return web.json_response(
+                {"error": {"message": f"No such File object: {name}"}}, status=404
+            )
         if self.script.batch.get("half"):
-            return web.Response(body=self.files[name][: len(self.files[name]) // 2], content_type="application/x-jsonl")
+            return web.Response(
+                body=self.files[name][: len(self.files[name]) // 2],
+                content_type="application/x-jsonl",
+            )
         return web.Response(body=self.files[name], content_type="application/octet-stream")
 
     async def delete_file(self, request: web.Request) -> web.Response:
@@ -266,7 +314,9 @@ class VisionServer:
             "output_file_id": None, "error_file_id": None, "errors": None,
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
         }  # fmt: skip
-        asyncio.get_running_loop().create_task(self.work(self.batches[name], request)).add_done_callback(print_failure)
+        asyncio.get_running_loop().create_task(
+            self.work(self.batches[name], request)
+        ).add_done_callback(print_failure)
         await self.interfere(request, done=True)
         return web.json_response(self.batches[name])
 
@@ -275,9 +325,13 @@ class VisionServer:
         await self.interfere(request)
         name = request.match_info["id"]
         if name not in self.batches:
-            return web.json_response({"error": {"message": f"No batch found with id '{name}'."}}, status=404)
+            return web.json_response(
+                {"error": {"message": f"No batch found with id '{name}'."}}, status=404
+            )
         hidden = {self.script.batch.get("without"): None}
-        return web.json_response({**self.batches[name], **{key: None for key in hidden if key in self.batches[name]}})
+        return web.json_response(
+            {**self.batches[name], **{key: None for key in hidden if key in self.batches[name]}}
+        )
 
     async def list_batches(self, request: web.Request) -> web.Response:
         """GET /v1/batches, the newest first, two on a page."""
@@ -285,20 +339,31 @@ class VisionServer:
         names = [batch["id"] for batch in found]
         start = names.index(request.query["after"]) + 1 if "after" in request.query else 0
         page = found[start : start + 2]
-        return web.json_response({"object": "list", "data": page, "has_more": start + 2 < len(found)})
+        return web.json_response(
+            {"object": "list", "data": page, "has_more": start + 2 < len(found)}
+        )
 
     async def work(self, batch: dict[str, Any], request: web.Request) -> None:
         """Take a batch through its statuses."""
         wishes, files = self.script.batch, self.files
         lines = files[batch["input_file_id"]].splitlines()
         await asyncio.sleep(0.05)
-        waiting = sum(b["request_counts"]["total"] for b in self.batches.values() if b["status"] == "in_progress")
+        waiting = sum(
+            b["request_counts"]["total"]
+            for b in self.batches.values()
+            if b["status"] == "in_progress"
+        )
         if errors := wishes.get("errors"):
             batch.update(status="failed", errors={"object": "list", "data": errors})
             return
         if waiting + len(lines) > wishes.get("most_lines", 10**9):
             message = "Enqueued token limit reached for stand-in. Please try again once some in_progress batches have been completed."
-            error = {"code": "token_limit_exceeded", "message": message, "param": None, "line": None}
+            error = {
+                "code": "token_limit_exceeded",
+                "message": message,
+                "param": None,
+                "line": None,
+            }
             batch.update(status="failed", errors={"object": "list", "data": [error]})
             return
         counts = batch["request_counts"]
@@ -320,7 +385,9 @@ class VisionServer:
             if found:
                 batch[kind] = f"file-{kind[:3]}-{batch['id']}"
                 files[batch[kind]] = ("\n".join(found) + "\n").encode()
-        batch["status"] = wishes.get("ends", "expired" if "expires_after" in wishes else "completed")
+        batch["status"] = wishes.get(
+            "ends", "expired" if "expires_after" in wishes else "completed"
+        )
 
     async def answer_line(
         self, line: dict[str, Any], request: web.Request, *, expired: bool
@@ -336,7 +403,9 @@ class VisionServer:
             message = "This request could not be executed before the completion window expired."
             return {**result, "error": {"code": "batch_expired", "message": message}}, False
         self.stats.requests += 1
-        response = self.refuse(request, line["body"]) or await self.answer_body(request, line["body"])
+        response = self.refuse(request, line["body"]) or await self.answer_body(
+            request, line["body"]
+        )
         assert isinstance(response, web.Response)
         body = json.loads(response.text or "null")
         result["response"] = {"status_code": response.status, "request_id": "req", "body": body}
@@ -362,7 +431,7 @@ class VisionServer:
         step = next(self.steps, self.script.then)
         if not step and self.random.random() < self.script.faults:
             kind = next(self.fault_kinds)
-            return (
+            return self.script.fault or (
                 {"status": int(kind), "body": {"error": {"message": "at random"}}}
                 if kind.isdigit()
                 else {"fault": kind}
@@ -379,8 +448,12 @@ class VisionServer:
             }
             return web.json_response({"error": error}, status=401)
         if script.model and body.get("model") != script.model:
-            message = f"The model `{body.get('model')}` does not exist or you do not have access to it."
-            return web.json_response({"error": {"message": message, "code": "model_not_found"}}, status=404)
+            message = (
+                f"The model `{body.get('model')}` does not exist or you do not have access to it."
+            )
+            return web.json_response(
+                {"error": {"message": message, "code": "model_not_found"}}, status=404
+            )
         for parameter, error_body in script.rejects.items():
             if parameter in body and error_body.get("only", body[parameter]) == body[parameter]:
                 return web.json_response(error_body, status=400)
@@ -403,23 +476,33 @@ class VisionServer:
 
     async def answer_body(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         """Return what the script, or else the image, asks for."""
+        script, number = self.script, self.stats.requests
         url = find_image(body)
         self.note(body)
         step = self.next_step()
         await asyncio.sleep(step.get("latency", self.script.latency))
+        while script.hold_after is not None and number > script.hold_after:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         if "fault" in step:
             return await self.fail(request, step["fault"])
         if "status" in step or "body" in step:
             text = step.get("body", "")
             text = text if isinstance(text, str) else json.dumps(text)
-            return web.Response(status=step.get("status", 200), text=text, headers=step.get("headers"))
+            return web.Response(
+                status=step.get("status", 200), text=text, headers=step.get("headers")
+            )
         content = f"Stand-in for a caption, number {self.stats.requests}."
-        asks_for_tags = any(str(part.get("text")).startswith("Write tags") for part in body["messages"][0]["content"])
+        asks_for_tags = any(
+            str(part.get("text")).startswith("Write tags")
+            for part in body["messages"][0]["content"]
+        )
         if self.script.check:
             try:
                 seen, content = await asyncio.to_thread(look_at, url)
                 if asks_for_tags:
-                    content = content.removesuffix(".").replace(": a mostly", ",").replace(" by ", ", ")
+                    content = (
+                        content.removesuffix(".").replace(": a mostly", ",").replace(" by ", ", ")
+                    )
                 self.stats.images = [*self.stats.images[-999:], seen]
             except Exception as error:  # whatever a broken image leads to is what we want to know
                 self.stats.wrong.append(f"{type(error).__name__}: {error}")
@@ -432,18 +515,28 @@ class VisionServer:
     def note(self, body: dict[str, Any]) -> None:
         """Keep a body for those who ask, its image left out."""
         for message in body["messages"]:
-            message["content"] = [part for part in message["content"] if part.get("type") != "image_url"]
+            message["content"] = [
+                part for part in message["content"] if part.get("type") != "image_url"
+            ]
         self.stats.bodies = [*self.stats.bodies[-99:], body]
 
-    def completion(self, body: dict[str, Any], content: str, step: dict[str, Any]) -> dict[str, Any]:
+    def completion(
+        self, body: dict[str, Any], content: str, step: dict[str, Any]
+    ) -> dict[str, Any]:
         """Return an ordinary answer, changed by the step."""
-        message = {"role": "assistant", "content": step.get("content", content), **step.get("message", {})}
+        message = {
+            "role": "assistant",
+            "content": step.get("content", content),
+            **step.get("message", {}),
+        }
         return {
             "id": f"chatcmpl-{self.stats.requests}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": body.get("model"),
-            "choices": [{"index": 0, "message": message, "finish_reason": step.get("finish_reason", "stop")}],
+            "choices": [
+                {"index": 0, "message": message, "finish_reason": step.get("finish_reason", "stop")}
+            ],
             "usage": step.get("usage", USAGE),
             "service_tier": self.script.tier or body.get("service_tier", "default"),
         }
@@ -452,8 +545,14 @@ class VisionServer:
         """Break off in one of the ways that servers do."""
         whole = json.dumps(self.completion({}, "cut", {})).encode()
         if fault in {"no choices", "html"}:
-            text = '{"choices": []}' if fault == "no choices" else "<!DOCTYPE html><title>Welcome</title><p>Portal"
-            return web.Response(text=text, content_type="application/json" if fault == "no choices" else "text/html")
+            text = (
+                '{"choices": []}'
+                if fault == "no choices"
+                else "<!DOCTYPE html><title>Welcome</title><p>Portal"
+            )
+            return web.Response(
+                text=text, content_type="application/json" if fault == "no choices" else "text/html"
+            )
         if fault == "cut":
             return web.Response(body=whole[: len(whole) // 2], content_type="application/json")
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -497,6 +596,7 @@ def build_app(script: Script) -> web.Application:
     app.router.add_put("/script", server.set_script)
     app.router.add_put("/limits", server.set_limits)
     app.router.add_put("/batch", server.set_batch)
+    app.router.add_put("/release", server.release)
     app.router.add_get("/stats", server.get_stats)
     return app
 
@@ -511,22 +611,38 @@ async def serve(app: web.Application, port: int, command: list[str]) -> int:
     print(url, flush=True, file=sys.stderr if command else sys.stdout)
     if not command:
         await asyncio.Event().wait()
-    process = await asyncio.create_subprocess_exec(*command, env={**os.environ, "OPENAI_BASE_URL": url})
+    process = await asyncio.create_subprocess_exec(
+        *command, env={**os.environ, "OPENAI_BASE_URL": url}
+    )
     return await process.wait()
 
 
 def main() -> int:
     """Run the server by itself."""
-    parser = argparse.ArgumentParser(description="a vision API on loopback, for trying and testing; see the docstring")
-    parser.add_argument("--port", type=int, help="0 is any free one; the first line printed tells; default 8008")
+    parser = argparse.ArgumentParser(
+        description="a vision API on loopback, for trying and testing; see the docstring"
+    )
+    parser.add_argument(
+        "--port", type=int, help="0 is any free one; the first line printed tells; default 8008"
+    )
     parser.add_argument("--latency", type=float, default=0.2, help="seconds before each answer")
-    parser.add_argument("--faults", type=float, default=0.0, help="share of requests that fail in one of many ways")
-    parser.add_argument("--requests-per-minute", type=float, default=0.0, help="rate limit; 0: none")
-    parser.add_argument("command", nargs="*", help="after --: a command to run against this server, on any free port")
+    parser.add_argument(
+        "--faults", type=float, default=0.0, help="share of requests that fail in one of many ways"
+    )
+    parser.add_argument(
+        "--requests-per-minute", type=float, default=0.0, help="rate limit; 0: none"
+    )
+    parser.add_argument(
+        "command",
+        nargs="*",
+        help="after --: a command to run against this server, on any free port",
+    )
     arguments = parser.parse_args()
     port = (0 if arguments.command else 8008) if arguments.port is None else arguments.port
     script = Script(
-        latency=arguments.latency, faults=arguments.faults, requests_per_minute=arguments.requests_per_minute
+        latency=arguments.latency,
+        faults=arguments.faults,
+        requests_per_minute=arguments.requests_per_minute,
     )
     try:
         return asyncio.run(serve(build_app(script), port, arguments.command))
