@@ -34,7 +34,7 @@ Read this file from top to bottom; each section uses only sections above it:
     Run                what the parts of a run share; how it ends
     Caption            one image from file to caption: load, ask, keep
     Batch              requests as files, for OpenAI's Batch API or any engine
-    Metadata and undo  all captions in one file; what was replaced put back
+    Undo               what was replaced put back
     Commands           one function a command
     Main               errors become exit codes
 
@@ -82,9 +82,11 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:  # imported where they are needed: --help and usage errors must not wait
+    from asyncio import Future
     from collections.abc import AsyncIterator
     from types import FrameType
 
+    from httpx2 import AsyncClient, Response
     from openai import AsyncOpenAI
     from PIL import Image, ImageFile
     from tenacity import AsyncRetrying, RetryCallState
@@ -238,9 +240,6 @@ class Settings:
     )
     overwrite: bool = row("", "update captions that you have not changed since", None, False)
     limit: int | None = row("", "caption at most this many images", number(1, 10**9))
-    metadata: str | None = row(
-        "", "also write all captions into one file", file_like(r".+\.jsonl?", ".jsonl or .json")
-    )
 
     api_key: str = row("OPENAI_API_KEY", "key of the server", A_KEY, "")  # others see flags
     base_url: str = row("OPENAI_BASE_URL", "server with OpenAI's API", A_URL, OPENAI_URL)
@@ -512,7 +511,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
 class Entry:
     """One line of the journal: what became of an image or a file, and what it cost."""
 
-    outcome: str = ""  # captioned, refused, failed, repaired, metadata
+    outcome: str = ""  # captioned, refused, failed, repaired
     recipe: str = ""  # the identity of the Recipe that it was made with
     trigger: str = ""  # what the caption opens with
     image_sha256: str = ""
@@ -612,14 +611,13 @@ def fingerprint(*parts: Any) -> str:
 
 def read_file(path: str) -> bytes:
     """Return a file's bytes. Raises OSError, also for a pipe, which would wait, and a giant."""
-    handle = os.open(path, READ_ONLY)
-    with open(handle, "rb") as file:
-        status = os.fstat(handle)
+    with FileIO(os.open(path, READ_ONLY)) as file:  # each system call of a thread has a price
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is a folder, a pipe or a device", path)
         if status.st_size > LARGEST_FILE:
             raise OSError(errno.EFBIG, f"is over {LARGEST_FILE >> 20} MiB", path)
-        return file.read()
+        return file.readall()
 
 
 def has_caption(path: str) -> bool:
@@ -672,9 +670,14 @@ def open_locked(path: str) -> int:
     return handle
 
 
+def follow_link(path: str) -> str:
+    """Return a path, or the one that a link there leads to."""
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
 def temporary_of(path: str) -> str:
     """Return the name under which a file is written, the same each time; trainers pass over it."""
-    folder, name = os.path.split(os.path.realpath(path))
+    folder, name = os.path.split(follow_link(path))
     return os.path.join(folder, f".gc-{fingerprint(os.fsencode(name).hex())}")
 
 
@@ -686,7 +689,7 @@ def write_whole(
     Returns False, and changes nothing, where it may not replace what stands there. With `sync`
     the bytes are on the disk before. Permissions stay, else they are what the umask gives.
     """
-    path, temporary = os.path.realpath(path), temporary_of(path)
+    path, temporary = follow_link(path), temporary_of(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -739,8 +742,7 @@ class Journal:
         self._kept_folder = ""
         self._handle = -1
         self._made: list[str] = []  # folders, the deepest first
-        self._lock, self._sync_lock = threading.Lock(), threading.Lock()
-        self._written = self._synced = 0  # lines of this run
+        self._lock = threading.Lock()
 
     @functools.cached_property
     def history(self) -> dict[str, list[Entry]]:
@@ -797,13 +799,7 @@ class Journal:
         with self._lock:
             while data:  # a full disk takes a part first
                 data = data[os.write(self._handle, data) :]
-            self._written += 1
-            mine = self._written
-        with self._sync_lock:  # who waited finds that another thread's sync had its line in it
-            if self._synced < mine:
-                synced = self._written
-                os.fsync(self._handle)
-                self._synced = synced
+            os.fsync(self._handle)
 
     def write(self, path: str, data: bytes, entry: Entry, replaces: str = "", **more: Any) -> bool:
         """Write a file whole, after its line; what it replaces is kept. Raises OSError.
@@ -823,7 +819,9 @@ class Journal:
                 self.keep(path)
             return is_ours
 
-        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
+        folder = os.path.dirname(follow_link(path))
+        if not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
         return write_whole(path, data, may_replace, sync=bool(replaces))
 
     def keep(self, path: str) -> None:
@@ -836,7 +834,7 @@ class Journal:
             os.replace(kept, f"{kept}.older")  # somebody changed it since
         os.makedirs(os.path.dirname(kept), exist_ok=True)
         try:
-            os.link(os.path.realpath(path), kept)
+            os.link(follow_link(path), kept)
         except OSError:
             write_whole(kept, read_file(path))
             shutil.copystat(path, kept)
@@ -1267,7 +1265,7 @@ def read_recipe(settings: Settings) -> Recipe:
         datasets += read_job_file(path, findings)
     if place != folder and not datasets:
         raise SettingsError(f"--config-dir: {place}: is no ai-toolkit job file")
-    places = (settings.image_dir, settings.caption_dir, settings.metadata)
+    places = (settings.image_dir, settings.caption_dir)
     matching = match_datasets(datasets, [os.path.realpath(path) for path in places if path])
     trigger, word, trigger_source = decide_trigger(settings.trigger, matching, datasets)
     in_json = [item for item in matching if settings.review and item.caption_ext == "json"]
@@ -2297,8 +2295,15 @@ SAME_ERRORS = 3  # of a server that has not answered yet: such errors do not pas
 LONGEST_BACKOFF_S = 30.0
 
 
-def open_client(settings: Settings) -> AsyncOpenAI:
-    """Return the SDK's client. Raises StopRun where the connection's own settings are wrong."""
+class Connection(NamedTuple):
+    """The SDK's client, and the HTTP client below it."""
+
+    sdk: AsyncOpenAI
+    http: AsyncClient
+
+
+def open_connection(settings: Settings) -> Connection:
+    """Return a way to the server. Raises StopRun where HTTPS_PROXY or the like is wrong."""
     from openai import AsyncOpenAI, DefaultAioHttpClient, Timeout
 
     # requests leave no cycles behind; to look for some took a tenth of all CPU time
@@ -2306,15 +2311,16 @@ def open_client(settings: Settings) -> AsyncOpenAI:
     try:
         is_here = settings.base_url.startswith("http:") and is_this_machine(settings.base_url)
         # twice as fast as the SDK's other one; no proxy lies on the way to this machine itself
-        transport = DefaultAioHttpClient(follow_redirects=False, trust_env=not is_here)
-        connect_s = min(15.0, settings.timeout)
-        return AsyncOpenAI(
+        timeout = Timeout(settings.timeout, connect=min(15.0, settings.timeout))
+        http = DefaultAioHttpClient(follow_redirects=False, trust_env=not is_here, timeout=timeout)
+        sdk = AsyncOpenAI(
             api_key=settings.api_key or "none",
             base_url=settings.base_url,
             max_retries=0,  # there is one layer of them, ours
-            timeout=Timeout(settings.timeout, connect=connect_s),
-            http_client=transport,
+            timeout=timeout,
+            http_client=http,
         )
+        return Connection(sdk, http)
     except Exception as error:  # each library under the SDK has its own
         said = "no connection can be set up; check HTTPS_PROXY and SSL_CERT_FILE"
         raise StopRun(f"{said}: {shorten(str(error), 120)}") from error
@@ -2330,22 +2336,28 @@ def hide_key(reply: Reply, settings: Settings) -> Reply:
     return dataclasses.replace(reply, **texts)
 
 
+def read_response(response: Response, settings: Settings) -> Reply:
+    """Return what an HTTP response holds."""
+    text = response.content.decode("utf-8-sig", "replace")  # as JSON is, whatever a header says
+    reply = parse_reply(response.status_code, text, response.headers, now_s=time.time())
+    return hide_key(reply, settings)
+
+
 def describe_failure(error: Exception, settings: Settings) -> Reply:
     """Return what went wrong with a request; raises again what is of another kind."""
     import aiohttp
+    import httpx2
     import openai
 
     if isinstance(error, openai.APIStatusError):
-        text = error.response.content.decode("utf-8-sig", "replace")
-        reply = parse_reply(error.status_code, text, error.response.headers, now_s=time.time())
-        return hide_key(reply, settings)
+        return read_response(error.response, settings)
     if isinstance(error, TimeoutError):
         return Reply(0, error=f"none came within {settings.timeout:g} s (GETCAP_TIMEOUT)")
+    cause = error.__cause__ or error if isinstance(error, openai.APIConnectionError) else error
     # an address or header that cannot be sent is a ValueError or TypeError
-    is_unsent = isinstance(error, ValueError | TypeError)
-    if not is_unsent and not isinstance(error, openai.APIConnectionError | aiohttp.ClientError):
+    is_unsent = isinstance(cause, ValueError | TypeError)
+    if not is_unsent and not isinstance(cause, httpx2.TransportError | aiohttp.ClientError):
         raise error
-    cause = error.__cause__ or error
     unreached = aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
     is_free = is_unsent or isinstance(cause.__cause__, unreached)
     said = "cannot connect to" if is_free else "lost the connection to"
@@ -2409,10 +2421,14 @@ class Asker:
     """
 
     def __init__(
-        self, client: AsyncOpenAI, settings: Settings, recipe: Recipe, bill: Bill, stop: Stop
+        self, connection: Connection, settings: Settings, recipe: Recipe, bill: Bill, stop: Stop
     ) -> None:
         self._bill = bill
-        self._client = client
+        self._http = connection.http
+        # the SDK's post takes as long for a request as all the rest of a run
+        self._url = f"{settings.base_url}/chat/completions"
+        headers = connection.sdk.default_headers | connection.sdk.auth_headers
+        self._headers = {name: text for name, text in headers.items() if isinstance(text, str)}
         self._settings = settings
         self._stop = stop
         self._style = recipe.style
@@ -2508,20 +2524,13 @@ class Asker:
         """Return what came back, however it came, and its headers."""
         import asyncio
 
-        import openai
-
+        settings = self._settings
         try:
-            async with asyncio.timeout(self._settings.timeout):  # the SDK's counts each read anew
-                response = await self._client.post(
-                    "/chat/completions", cast_to=openai.HttpxBinaryResponseContent, content=body
-                )
-            # JSON is UTF-8, whatever a header says
-            text = response.content.decode("utf-8-sig", "replace")
-            reply = parse_reply(200, text, now_s=time.time())
-            return hide_key(reply, self._settings), response.response.headers
+            async with asyncio.timeout(settings.timeout):  # the HTTP client's is for each read
+                response = await self._http.post(self._url, content=body, headers=self._headers)
+            return read_response(response, settings), response.headers
         except Exception as error:
-            headers = getattr(getattr(error, "response", None), "headers", {})
-            return describe_failure(error, self._settings), headers
+            return describe_failure(error, settings), {}
 
     def _warn(self, reply: Reply, question: Question) -> None:
         """Say once what is odd about an answer and may cost too much."""
@@ -3813,6 +3822,7 @@ def end_on_signals(stop: Stop) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ Caption
 
 NOT_ANSWERED = "not answered"  # in a batch
+HANDOVER_S = 0.02  # what a thread does at least before it hands back
 
 
 def read_words(path: str) -> str:
@@ -3841,7 +3851,7 @@ def expect(settings: Settings, recipe: Recipe, job: Job) -> Usage:
     return estimate(settings, make_prompt(recipe, job), size)
 
 
-def load_question(run: Run, job: Job, *, pixels: bool) -> Question:
+def load_question(run: Run, job: Job, pixels: bool) -> Question:
     """Return what is to be asked about an image. Runs in a thread. Raises FailImage."""
     settings, recipe = run.settings, run.recipe
     try:
@@ -3905,6 +3915,56 @@ def keep_failure(run: Run, question: Question, reason: str) -> None:
         run.journal.append(question.job.caption, entry, image=question.job.image, reason=reason)
 
 
+class Threads:
+    """Does blocking work in a few threads.
+
+    A hand-over between threads costs as much as a small image, so a thread goes on for a moment
+    with what waits before it hands back what is done.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._idle = number
+        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._tasks = set[Any]()  # the loop itself would forget them
+
+    async def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what a function returns, or raise what it raises."""
+        import asyncio
+
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((future, functools.partial(function, *arguments)))
+        if self._idle:
+            self._idle -= 1
+            self._tasks.add(asyncio.create_task(self._keep_busy()))
+        return await future
+
+    async def _keep_busy(self) -> None:
+        """Keep one thread busy while anything waits."""
+        from aiofiles.os import wrap
+
+        while self._waiting:
+            for future, result in await wrap(self._do_some)():
+                if future.cancelled():
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+        self._idle += 1
+
+    def _do_some(self) -> list[tuple[Future[Any], Any]]:
+        done: list[tuple[Future[Any], Any]] = []
+        end = time.monotonic() + HANDOVER_S
+        with contextlib.suppress(IndexError):  # nothing waits
+            while time.monotonic() < end:
+                future, function = self._waiting.popleft()
+                try:
+                    done.append((future, function()))
+                except Exception as error:
+                    done.append((future, error))
+        return done
+
+
 class Captioner:
     """Takes one image from file to caption: load, ask, keep.
 
@@ -3914,24 +3974,18 @@ class Captioner:
     def __init__(
         self, run: Run, asker: Asker | Answers | None = None, *, pixels: bool = True
     ) -> None:
-        import asyncio
-
-        from aiofiles.os import wrap
-
         load_pillow()
         self._run = run
         self._asker = asker
+        self._pixels = pixels
         # no more images are decoded at once than there are processors: only memory would grow
-        self._decoders = asyncio.Semaphore(count_processors())
-        # each hand-over to a thread costs as much as a small image, so there are two
-        self._load = wrap(functools.partial(load_question, run, pixels=pixels))
-        self._keep, self._keep_failure = wrap(keep_caption), wrap(keep_failure)
+        self._decoders = Threads(count_processors())
+        self._writer = Threads(1)
 
     async def load(self, job: Job) -> Question:
         """Return what is to be asked about an image. Raises FailImage."""
-        async with self._decoders:
-            question: Question = await self._load(job)
-            return question
+        question: Question = await self._decoders.do(load_question, self._run, job, self._pixels)
+        return question
 
     async def caption(self, job: Job) -> Outcome:
         """Caption one image. Raises FailImage or StopRun, after the journal's line of that."""
@@ -3944,13 +3998,14 @@ class Captioner:
         except (FailImage, StopRun) as error:
             reason = error.reason if isinstance(error, FailImage) else "stopped"
             if reason not in {"stopped", NOT_ANSWERED} or question.usage.prompt:
-                await self._keep_failure(run, question, reason)
+                await self._writer.do(keep_failure, run, question, reason)
             raise
-        task = asyncio.ensure_future(self._keep(run, question, answer))
+        task = asyncio.ensure_future(self._writer.do(keep_caption, run, question, answer))
         try:
-            return await asyncio.shield(task)
+            outcome: Outcome = await asyncio.shield(task)
         except asyncio.CancelledError:  # what is written is counted
-            return await task
+            outcome = await task
+        return outcome
 
     async def _ask(self, question: Question) -> str:
         """Return an answer; of one with excluded words, the better of two."""
@@ -4031,9 +4086,10 @@ async def caption_images(
     import asyncio
 
     check_writable(jobs)
-    async with open_client(run.settings) as client:
+    connection = open_connection(run.settings)
+    async with connection.sdk:
         watch = asyncio.create_task(end_with(engine, run.stop)) if engine else None
-        asker = Asker(client, run.settings, run.recipe, run.bill, run.stop)
+        asker = Asker(connection, run.settings, run.recipe, run.bill, run.stop)
         queue = await keep_known(run, jobs)
         await ask_first(run, asker, queue)
         await handle_all(run, queue, Captioner(run, asker).caption, run.settings.thread_pool)
@@ -4240,9 +4296,12 @@ class Batches:
     Each part goes one step further, again and again: upload, create, look, collect.
     """
 
-    def __init__(self, run: Run, client: AsyncOpenAI, parts: list[Part], jobs: list[Job]) -> None:
+    def __init__(
+        self, run: Run, connection: Connection, parts: list[Part], jobs: list[Job]
+    ) -> None:
         self._run = run
-        self._client = client
+        self._connection = connection
+        self._client = connection.sdk
         self._parts = parts
         self._jobs = {run.name(job): job for job in jobs}
         self._parameters = parts[0].parameters if parts else None
@@ -4268,7 +4327,7 @@ class Batches:
         run = self._run
         queue = await keep_known(run, jobs)
         if self._parameters is None:  # a wrong key is known now and not tomorrow
-            asker = Asker(self._client, run.settings, run.recipe, run.bill, run.stop)
+            asker = Asker(self._connection, run.settings, run.recipe, run.bill, run.stop)
             await ask_first(run, asker, queue)
             self._parameters = asker.parameters
         path = os.path.join(batch_folder(run.journal), f"{time.time_ns()}-")
@@ -4395,8 +4454,9 @@ async def send_batches(run: Run, jobs: list[Job], parts: list[Part]) -> None:
             os.unlink(os.path.join(folder, name))
     check_writable(jobs)
     run.bill.hold_again(sum(part.usd for part in parts))
-    async with open_client(run.settings) as client:
-        await Batches(run, client, parts, jobs).work()
+    connection = open_connection(run.settings)
+    async with connection.sdk:
+        await Batches(run, connection, parts, jobs).work()
 
 
 async def export_lines(run: Run, jobs: list[Job]) -> None:
@@ -4431,60 +4491,7 @@ async def import_results(run: Run, jobs: list[Job]) -> None:
         raise StopRun(said if answers.used else f"{said}; {differ}")
 
 
-# -------------------------------------------------------------------------------- Metadata and undo
-
-
-def check_metadata(target: str, journal: Journal) -> None:
-    """Raise SettingsError for a --metadata file that cannot be written or is not ours."""
-    ours = {entry.caption_sha256 for entry in journal.past(os.path.realpath(target))}
-    why = ""
-    try:
-        if has_caption(target) and hash_file(target) not in ours:
-            why = "is there already, and not as this tool wrote it; move it away"
-        elif not os.access(os.path.dirname(os.path.abspath(target)), os.W_OK):
-            why = "cannot be written there; name a file in a folder that exists"
-    except OSError as error:
-        why = str(error.strerror)
-    if why:
-        raise SettingsError(f"--metadata: {target}: {why}")
-
-
-def build_metadata(target: str, texts: Mapping[str, str]) -> bytes:
-    """Return all captions, by the paths of their images, as one file.
-
-    `.jsonl`: https://huggingface.co/docs/datasets/image_dataset, names relative to the file.
-    `.json`: ai-toolkit's dataset_path, which it opens in the system's encoding, so all is ASCII.
-    """
-    if target.lower().endswith(".json"):
-        named = {os.path.abspath(image): {"caption": text} for image, text in texts.items()}
-        return json.dumps(named).encode()
-    lines = []
-    for image, text in texts.items():
-        name = os.path.relpath(image, os.path.dirname(os.path.abspath(target)))
-        line = {"file_name": name.replace(os.sep, "/"), "text": text}
-        lines.append(json.dumps(line) + "\n")
-    return "".join(lines).encode()
-
-
-def write_metadata(target: str, run: Run) -> None:
-    """Write all captions that there are into one file."""
-    texts: dict[str, str] = {}
-    for pair in walk_images(run.image_dir, run.settings.caption_dir, run.recipe.caption_ext):
-        if isinstance(pair, Outcome) or not pair.has_caption:
-            continue
-        if text := read_words(pair.caption):
-            texts[pair.image] = text
-        else:
-            said = f"it is no UTF-8; it is left out of {target}"
-            run.report.record(Outcome(pair.image, "failed", "unreadable caption", said))
-    data = build_metadata(target, texts)
-    try:
-        check_metadata(target, run.journal)  # somebody may have changed it meanwhile
-        digest = hashlib.sha256(data).hexdigest()
-        run.journal.append(os.path.realpath(target), Entry("metadata", caption_sha256=digest))
-        write_whole(target, data)
-    except (OSError, SettingsError) as error:
-        run.report.record(Outcome(target, "failed", "not written", str(error)))
+# --------------------------------------------------------------------------------------------- Undo
 
 
 def restore(kept: str, path: str, journal: Journal, *, dry_run: bool) -> str:
@@ -4537,7 +4544,6 @@ ONLY_FOR = {  # commands that a flag says something to; "" is captioning one by 
     "local": ("",),
     "limit": ("", *CAPTIONING),
     "overwrite": ("", *CAPTIONING),
-    "metadata": ("", *CAPTIONING),
     "report": ("", *CAPTIONING, "fix_encoding", "review"),
     "encoding": ("fix_encoding",),
 }
@@ -4611,8 +4617,6 @@ def run_captions(settings: Settings, command: str) -> int:
     image_dir = check_folders(settings)
     journal = Journal(settings.caption_dir or image_dir)
     recipe = read_recipe(settings)
-    if settings.metadata:
-        check_metadata(settings.metadata, journal)
     bill = Bill(settings)
     if settings.max_cost and not bill.has_price:
         said = f"the price of {settings.model} at {settings.host} is not known"
@@ -4628,18 +4632,14 @@ def run_captions(settings: Settings, command: str) -> int:
             show_plan(run, plan)
             return
         is_waiting = bool(settings.batch and parts)
-        is_done = not is_waiting and record_done(plan, report)
-        if is_done and not settings.metadata:
+        if not is_waiting and record_done(plan, report):
             return
-        if not is_done and command in {"", "batch"}:
+        if command in {"", "batch"}:
             check_key(settings)
         log_findings(run)
         with contextlib.closing(journal):
             journal.open()
-            if not is_done:
-                caption_all(run, command)
-            if settings.metadata:
-                write_metadata(settings.metadata, run)
+            caption_all(run, command)
 
     return report_on(settings, bill, work)
 

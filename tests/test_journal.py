@@ -1,4 +1,4 @@
-"""Journal, metadata, undo: what was paid for is known, what a person wrote stays, all comes back."""
+"""Journal and undo: what was paid for is known, what a person wrote stays, all comes back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import POSIX, end_of, read_until
+from test_run import POSIX, end_of
 
 import gen_captions as gc
 from conftest import ImageMaker, Server, Tool, captions, snapshot, wait_for
@@ -534,86 +534,6 @@ def test_a_set_goes_through_edit_new_prompt_kill_overwrite_and_one_undo_with_eve
     assert texts_of(folder) == first
     left = {path.name for path in folder.rglob(".*") if path.parent.name != ".gen-captions"}
     assert left == {".gen-captions"}
-
-
-# ---------------------------------------------------------------------------------- metadata
-
-
-def test_metadata_jsonl_has_every_caption_with_paths_from_its_own_folder(
-    tool: Tool, make_image: ImageMaker
-) -> None:
-    for name in ("a.jpg", "sub/b.jpg", "c.jpg", "bad.jpg"):
-        make_image(name)
-    folder = tool.folder / "images"
-    (folder / "bad.jpg").write_bytes(b"x")
-    (folder / "a.txt").write_text("\ufeff Ein Café\r\n", encoding="utf-8")
-    (folder / "c.txt").write_bytes(b"it\x92s")
-    arguments = ("images", "--metadata", "images/metadata.jsonl")
-    for _ in range(2):  # it replaces its own
-        err = tool(*arguments, code=1).stderr.replace("\\", "/")
-        assert err.count("images/c.jpg: unreadable caption: it is no UTF-8") == 1
-    text = (folder / "metadata.jsonl").read_text("ascii")
-    lines = [json.loads(line) for line in text.splitlines()]
-    assert [line["file_name"] for line in lines] == ["a.jpg", "sub/b.jpg"]
-    assert lines[0]["text"] == "Ein Café"
-
-
-def test_metadata_json_is_what_ai_toolkit_reads(tool: Tool, make_image: ImageMaker) -> None:
-    path = make_image("é.jpg")
-    (tool.folder / "config").mkdir()
-    process = {"trigger_word": "ohwx", "datasets": [{"dataset_path": "all.json"}]}
-    job = json.dumps({"job": "x", "config": {"process": [process]}})
-    (tool.folder / "config" / "job.json").write_text(job, encoding="utf-8")
-    folders = ("images", "--caption-dir", "out", "--config-dir", "config")
-    tool(*folders, "--metadata", "all.json")
-    found = json.loads((tool.folder / "all.json").read_text("ascii"))
-    assert list(found) == [str(path)]
-    assert found[str(path)]["caption"].startswith("[trigger] ")
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_metadata_replaces_nothing_that_the_tool_did_not_write(
-    tool: Tool, server: Server, make_image: ImageMaker, name: str
-) -> None:
-    make_image("a.jpg")
-    path = tool.folder / name
-    tool("images", "--metadata", name)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("{}\n")
-    edited = path.read_bytes()
-    for kept in (edited, b'{"a.jpg": {"caption": "by hand"}}'):
-        path.write_bytes(kept)
-        err = tool("images", "--metadata", name, code=2).stderr
-        assert f"--metadata: {name}: is there already, and not as this tool wrote it" in err
-        assert path.read_bytes() == kept
-    assert requests(server) == 1
-
-
-@pytest.mark.parametrize("name", ["no/where.json", "images.json"])
-def test_metadata_that_cannot_be_written_is_an_error_before_anything_is_asked(
-    tool: Tool, server: Server, make_image: ImageMaker, name: str
-) -> None:
-    make_image("a.jpg")
-    (tool.folder / "images.json").mkdir()
-    assert f"--metadata: {name}: " in tool("images", "--metadata", name, code=2).stderr
-    assert requests(server) == 0
-
-
-@POSIX
-def test_metadata_is_complete_after_a_run_that_was_interrupted(
-    tool: Tool, server: Server, make_image: ImageMaker
-) -> None:
-    for number in range(10):
-        make_image(f"{number}.jpg")
-    server.script(hold_after=3)
-    process = tool.start("images", "--thread-pool", "2", "--metadata", "all.jsonl")
-    wait_for(lambda: len(captions(tool.folder)) == 3)
-    process.send_signal(signal.SIGINT)
-    read_until(process.stderr, "Stopping")
-    server.release()
-    end_of(process)
-    lines = (tool.folder / "all.jsonl").read_text("ascii").splitlines()
-    assert len(lines) == len(captions(tool.folder)) in range(3, 6)
 
 
 def test_what_a_person_wrote_after_a_kill_is_kept_too(tool: Tool) -> None:

@@ -240,10 +240,10 @@ def test_a_report_that_fails_in_mid_run_loses_no_caption(
 
 def test_a_report_replaces_no_file_of_anybody_else(tool: Tool, make_image: ImageMaker) -> None:
     make_image("a.png")
-    mine = tool.folder / "metadata.jsonl"
+    mine = tool.folder / "captions.jsonl"
     mine.write_text('{"file_name": "a.png", "text": "by hand"}\n')
-    err = tool("images", "-n", "--report", "metadata.jsonl", code=2).stderr
-    assert "metadata.jsonl: is there already, and is no report of this tool" in err
+    err = tool("images", "-n", "--report", "captions.jsonl", code=2).stderr
+    assert "captions.jsonl: is there already, and is no report of this tool" in err
     assert "by hand" in mine.read_text()
     for _ in range(2):  # its own is replaced
         tool("images", "--report", "report.jsonl")

@@ -215,7 +215,7 @@ def test_images_are_never_written_to_by_any_command(tool: Tool, make_image: Imag
         return [(p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino) for p in found]
 
     before = look()
-    tool("images", "--metadata", "all.jsonl", code=1)
+    tool("images")
     tool("images", "--fix-encoding")
     tool("images", "--overwrite", "--prompt", "another")
     tool("images", "--undo")
@@ -309,7 +309,7 @@ def test_n_writes_nothing_and_opens_no_connection(mixed: Tool) -> None:
     before = snapshot(mixed.folder)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        for more in ((), ("--overwrite",), ("--batch",), ("--metadata", "all.jsonl")):
+        for more in ((), ("--overwrite",), ("--batch",)):
             mixed("-n", "images", *more, OPENAI_BASE_URL=url, code=1)
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -317,7 +317,7 @@ def test_n_writes_nothing_and_opens_no_connection(mixed: Tool) -> None:
     assert snapshot(mixed.folder) == before
 
 
-@pytest.mark.parametrize("more", [(), ("-n",), ("--metadata", "all.jsonl")])
+@pytest.mark.parametrize("more", [(), ("-n",)])
 def test_a_folder_without_images_is_an_error_that_says_where_it_looked(
     tool: Tool, more: tuple[str, ...]
 ) -> None:
@@ -662,7 +662,7 @@ def test_the_key_is_in_no_output_and_in_no_file(
     echo = {"status": 401, "body": {"error": {"message": f"Incorrect API key: {KEY}"}}}
     server.script(steps=steps, then=echo)
     arguments = ("-v", "images", "--thread-pool", "1", "--report", "r.jsonl")
-    done = tool(*arguments, "--metadata", "all.jsonl", code=3)  # tool() looks at the output
+    done = tool(*arguments, code=3)  # tool() looks at the output
     assert "Incorrect API key: [key]" in done.stderr
     assert "says [key] hangs" in captions(tool.folder)["images/a.txt"]
     for data, _, _ in snapshot(tool.folder).values():
