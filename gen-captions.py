@@ -82,7 +82,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:  # imported where they are needed: --help and usage errors must not wait
-    from asyncio import Future
+    from asyncio import Event, Future
     from collections.abc import AsyncIterator
     from types import FrameType
 
@@ -1413,6 +1413,7 @@ def prepare_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
     # a JPEG is decoded at the least of 1/2, 1/4, 1/8 that is at most 1/32 too small: 4032 x 3024
     # becomes 1008 x 756, as many patches of 32 pixels as 1024 x 768 (benchmarks/README.md)
     image.draft("RGB", fit(image.size, max_side - max_side // 32))
+    image.decodermaxblock = len(data)  # all at once: between blocks it waits for other threads
     image.load()  # TIFF turns itself upright here, and forgets its orientation
     turn = TURNS.get(read_orientation(image))
     small = to_rgb(image)
@@ -2130,11 +2131,14 @@ class Stop:
     """Whether and why the run ends early. Who waits is woken and gives up."""
 
     def __init__(self) -> None:
-        import asyncio
-
         self.cause: StopRun | signal.Signals | None = None
         self.in_flight = 0  # requests
-        self._event = asyncio.Event()
+
+    @functools.cached_property
+    def _event(self) -> Event:
+        import asyncio  # where nothing is to be done, this takes longer than all else
+
+        return asyncio.Event()
 
     def set(self, cause: StopRun | signal.Signals) -> None:
         """End the run and say why; the first cause counts."""
@@ -2569,7 +2573,7 @@ class Report:
         self._failures: list[Outcome] = []
         self._answers = set[int]()
         self._started = time.monotonic()
-        self._stream = stream
+        self.stream = stream
 
     def record(self, outcome: Outcome) -> None:
         """Count one outcome and report it; a failure is told at once."""
@@ -2645,7 +2649,7 @@ class Report:
 
     def close(self) -> None:
         """Write the last line of the report file."""
-        if not self._stream:
+        if not self.stream:
             return
         stopped = getattr(self.ended_by, "name", None) or (self.ended_by and str(self.ended_by))
         line: dict[str, Any] = {"outcome": "summary", "left": self.left, "noted": self.notes}
@@ -2660,11 +2664,11 @@ class Report:
 
     def _write_line(self, line: dict[str, Any]) -> None:
         try:
-            if self._stream:
-                self._stream.write(json.dumps(line) + "\n")  # ASCII: names may be no text
-                self._stream.flush()
+            if self.stream:
+                self.stream.write(json.dumps(line) + "\n")  # ASCII: names may be no text
+                self.stream.flush()
         except OSError as error:
-            self._stream = None
+            self.stream = None
             self.counts["failed"]["report not written"] += 1
             said = "cannot be written any further: %s; the run goes on"
             log.error(f"--report: {said}", error.strerror)  # noqa: TRY400
@@ -3822,7 +3826,7 @@ def end_on_signals(stop: Stop) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ Caption
 
 NOT_ANSWERED = "not answered"  # in a batch
-HANDOVER_S = 0.02  # what a thread does at least before it hands back
+HANDOVER_S = 0.02  # between two of them
 
 
 def read_words(path: str) -> str:
@@ -3978,8 +3982,9 @@ class Captioner:
         self._run = run
         self._asker = asker
         self._pixels = pixels
-        # no more images are decoded at once than there are processors: only memory would grow
-        self._decoders = Threads(count_processors())
+        # one more than there are processors, since threads wait for each other now and then;
+        # with more of them only memory would grow
+        self._decoders = Threads(count_processors() + 1)
         self._writer = Threads(1)
 
     async def load(self, job: Job) -> Question:
@@ -4582,12 +4587,14 @@ def report_on(settings: Settings, bill: Bill | None, work: Callable[[Report], No
 
 def record_done(plan: Iterable[Job | Outcome], report: Report) -> bool:
     """Record a plan in which nothing is to be done; return False where something is."""
-    outcomes: list[Outcome] = []
+    outcomes = Counter[Outcome]()
     for item in plan:
         if isinstance(item, Job):
             return False
-        outcomes.append(item)
-    for outcome in outcomes:
+        # 100,000 paths that nobody reads are heavy
+        is_read = report.stream or item.kind == "failed"
+        outcomes[item if is_read else item._replace(path="", caption="")] += 1
+    for outcome in outcomes.elements():
         report.record(outcome)
     return True
 
