@@ -129,13 +129,13 @@ NO_KEY = r"|(?:sk-)?your-(?:api-)?key\S*"  # blank, or the placeholder of an exa
 
 
 class SettingsError(Exception):
-    """What the user asks for cannot be done. Nothing was touched; exit code 2."""
+    """The settings do not work. Nothing was touched; exit code 2."""
 
 
 class Reader(NamedTuple):
     """How the text of a setting is read."""
 
-    read: Callable[[str], Any]  # raises ValueError, TypeError, LookupError: not allowed
+    read: Callable[[str], Any]  # ValueError, TypeError or LookupError means: not allowed
     metavar: str
     allowed: str
 
@@ -171,11 +171,11 @@ def one_of(*names: str) -> Reader:
 
 
 def read_url(text: str) -> str:
-    """Return a server's address without what requests add to it."""
+    """Return a server's address without the path that each request adds."""
     url = text.rstrip("/").removesuffix("/chat/completions")
     parts = urlsplit(url)
     is_whole = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
-    # what @, ? and # set off is mostly a key
+    # beside @, ? and # there is mostly a key
     if not is_whole or not url.isprintable() or re.search("[@?#]", url):
         raise ValueError
     return url
@@ -183,6 +183,7 @@ def read_url(text: str) -> str:
 
 A_FOLDER = Reader(Path, "FOLDER", "a folder")
 A_FILE = like(r"(.+)", "FILE", "a file")
+# no caption and no image can have such a name, so none is written over
 A_PAGE = like(r"(?i)(.+\.html?)", "FILE", "a file whose name ends in .html")
 A_REPORT = like(r"(?i)(-|.+\.jsonl)", "FILE", "a file whose name ends in .jsonl")
 A_TEXT = like(r"(?s)(.+)", "TEXT", "some text")
@@ -205,12 +206,13 @@ A_MODEL = like(
     "MODEL",
     "small, medium, large, joycaption, FILE.gguf, or owner/name:quant at Hugging Face",
 )
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def row(variable: str, help: str, reader: Reader | None, default: Any = None, **more: Any) -> Any:
-    """Return the dataclass field of one setting; `more` is for argparse.
+    """Return the dataclass field of one setting. Its name is its flag.
 
-    Its flag is its name; `variable` may be blank. Without a reader it is a switch.
+    `variable` may be blank. A setting without a reader is a switch. `more` is for argparse.
     """
     metadata = {"row": (variable, help, reader, more)}
     return field(default=default, repr=reader is not A_KEY, metadata=metadata)
@@ -286,9 +288,7 @@ class Settings:
 
     dry_run: bool = row("", "only say what would be done, and what it costs", None, False)
     report: str | None = row("", "write each outcome as a line of JSON; - is stdout", A_REPORT)
-    log_level: str = row(
-        "GETCAP_LOG_LEVEL", "how much is said", one_of("debug", "info", "warning", "error"), "info"
-    )
+    log_level: str = row("GETCAP_LOG_LEVEL", "log level", one_of(*LOG_LEVELS), "info")
 
     @property
     def host(self) -> str:
@@ -651,10 +651,10 @@ def open_locked(path: str) -> int:
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in {errno.EACCES, errno.EAGAIN, errno.EDEADLK}:
-            os.close(handle)
-            raise StopRun(f"{path}: another run is at work there; wait for its end") from None
+    except (BlockingIOError, PermissionError):  # on Windows the latter
+        os.close(handle)
+        raise StopRun(f"{path}: another run is at work there; wait for its end") from None
+    except OSError:
         log.debug("%s: cannot be locked", path)  # some network folders have no locks
     return handle
 
@@ -724,7 +724,7 @@ class Journal:
         self._kept = kept
         self._kept_folder = ""
         self._handle = -1
-        self._made: list[str] = []  # folders, the deepest first
+        self._made: list[Path] = []  # folders, the deepest first
         self._lock = threading.Lock()
 
     @functools.cached_property
@@ -754,10 +754,8 @@ class Journal:
     def open(self) -> None:
         """Get ready to write. Raises StopRun where another run writes, or nobody can."""
         try:
-            place = os.path.abspath(self.folder)
-            while not os.path.isdir(place):
-                self._made.append(place)
-                place = os.path.dirname(place)
+            place = Path(self.folder).absolute()
+            self._made = [path for path in (place, *place.parents) if not path.is_dir()]
             os.makedirs(self.folder, exist_ok=True)
             self._handle = open_locked(self.path)
             # this run goes on in the folder of a killed one, so that one --undo takes both back
@@ -835,7 +833,7 @@ class Journal:
 
     def _entries(self) -> Iterator[tuple[str, Entry]]:
         try:
-            with open(os.open(self.path, READ_ONLY), "rb") as lines:
+            with open(self.path, "rb") as lines:
                 yield from filter(None, map(parse_entry, lines))
         except FileNotFoundError:
             return
@@ -1084,7 +1082,7 @@ def read_job(config: Mapping[str, Any], file: str) -> Iterator[Dataset]:
             trigger = text("trigger_word", found.get("trigger_word"), process.get("trigger_word"))
             yield Dataset(
                 file=file,
-                folder=os.path.expandvars(folder),
+                folder=folder and os.path.realpath(os.path.expandvars(folder)),
                 trigger=trigger.strip(),
                 caption_ext=text("caption_ext", found.get("caption_ext")).lstrip(".") or "txt",
                 is_reg=found.get("is_reg") is True,
@@ -1118,18 +1116,15 @@ def read_job_file(path: Path) -> list[Dataset]:
         raise SettingsError(f"{where}: this job file cannot be read: {said}") from None
 
 
-def read_datasets(place: Path | None) -> list[Dataset]:
+def read_datasets(place: Path) -> list[Dataset]:
     """Return the datasets of the job files in a folder, or of one file. Raises SettingsError."""
-    if place is None:
-        return []
-    if place.is_file():
-        datasets = read_job_file(place)
-        if not datasets:
-            raise SettingsError(f"--config-dir: {place}: is no ai-toolkit job file")
-        return datasets
     # not those in sub-folders: ai-toolkit's own has dozens of examples
-    paths = sorted(path for path in place.iterdir() if path.suffix.lower() in JOB_SUFFIXES)
-    return [item for path in paths if path.is_file() for item in read_job_file(path)]
+    found = [place] if place.is_file() else sorted(place.iterdir())
+    paths = [path for path in found if path.suffix.lower() in JOB_SUFFIXES and path.is_file()]
+    datasets = [item for path in paths for item in read_job_file(path)]
+    if place.is_file() and not datasets:
+        raise SettingsError(f"--config-dir: {place}: is no ai-toolkit job file")
+    return datasets
 
 
 def decide_trigger(
@@ -1195,11 +1190,9 @@ def read_recipe(settings: Settings) -> Recipe:
     """Return the recipe by the settings and the config folder. Raises SettingsError."""
     place = settings.config_dir
     folder = place.parent if place and place.is_file() else place
-    datasets = read_datasets(place)
+    datasets = read_datasets(place) if place else []
     places = {os.path.realpath(path) for path in (settings.image_dir, settings.caption_dir) if path}
-    matching = [
-        item for item in datasets if item.folder and os.path.realpath(item.folder) in places
-    ]
+    matching = [item for item in datasets if item.folder in places]
     trigger, word, trigger_source = decide_trigger(settings.trigger, matching, datasets)
     ext, ext_source = decide_extension(settings, matching)
     own, prompt_source = choose_prompt(settings, folder)
