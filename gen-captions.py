@@ -183,8 +183,8 @@ def read_url(text: str) -> str:
 
 A_FOLDER = Reader(Path, "FOLDER", "a folder")
 A_FILE = like(r"(.+)", "FILE", "a file")
-# no caption and no image can have such a name, so none is written over
 A_PAGE = like(r"(?i)(.+\.html?)", "FILE", "a file whose name ends in .html")
+# no caption and no image can have such a name, so none is written over
 A_REPORT = like(r"(?i)(-|.+\.jsonl)", "FILE", "a file whose name ends in .jsonl")
 A_TEXT = like(r"(?s)(.+)", "TEXT", "some text")
 A_KEY = like(r"[\"'“”‘’]*([!-~]*?)[\"'“”‘’]*", "KEY", "a key of ASCII characters without blanks")
