@@ -58,7 +58,6 @@ import itertools
 import json
 import logging
 import math
-import ntpath
 import os
 import re
 import shutil
@@ -99,14 +98,14 @@ log = logging.getLogger("gen-captions")
 
 
 def printable(text: str) -> str:
-    """Return the text with all that a terminal would act on escaped."""
+    """Return the text with control characters escaped, so that no terminal obeys them."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shorten(text: str, limit: int = 300) -> str:
-    """Return the text as one line; of a long one the middle goes."""
+    """Return the text as one line. A text that is too long loses its middle."""
     line = printable(" ".join(text.split()))
     if len(line) <= limit:
         return line
@@ -126,23 +125,23 @@ LOCAL_URL = "http://127.0.0.1/v1"  # until the engine has a port
 TIMEOUT_S, SLOW_TIMEOUT_S = 120, 900  # flex waits for room; a processor alone takes a minute
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif".split())
 KEY_START = r"(?<![\w-])(?:sk-|gsk_|AIza|xai-|hf_)[\w-]{8,}"  # how keys begin
-NO_KEY = r"|(?:sk-)?your-(?:api-)?key\S*"  # blank, or what examples have in its place
+NO_KEY = r"|(?:sk-)?your-(?:api-)?key\S*"  # blank, or the placeholder of an example
 
 
 class SettingsError(Exception):
-    """What the user asks for cannot be done. Nothing was touched; exit code 2."""
+    """The settings do not work. Nothing was touched; exit code 2."""
 
 
 class Reader(NamedTuple):
     """How the text of a setting is read."""
 
-    read: Callable[[str], Any]  # raises ValueError, TypeError, LookupError: not allowed
+    read: Callable[[str], Any]  # ValueError, TypeError or LookupError means: not allowed
     metavar: str
     allowed: str
 
 
 def number(low: float, high: float) -> Reader:
-    """Return the reader of a number within both bounds, a whole one where `low` is an int."""
+    """Return the reader of a number within these bounds. It is whole where `low` is an int."""
 
     def read(text: str) -> float:
         value = type(low)(text)
@@ -155,7 +154,7 @@ def number(low: float, high: float) -> Reader:
 
 
 def like(pattern: str, metavar: str, allowed: str) -> Reader:
-    """Return the reader of a text that fits a pattern, whose group is the value."""
+    """Return the reader of a text that fits a pattern. The pattern's group is the value."""
 
     def read(text: str) -> str:
         found = re.fullmatch(pattern, text)
@@ -172,18 +171,21 @@ def one_of(*names: str) -> Reader:
 
 
 def read_url(text: str) -> str:
-    """Return a server's address without what requests add to it."""
-    url = text.strip("\"'").rstrip("/").removesuffix("/chat/completions")
+    """Return a server's address without the path that each request adds."""
+    url = text.rstrip("/").removesuffix("/chat/completions")
     parts = urlsplit(url)
-    has_more = parts.username is not None or parts.query or parts.fragment  # mostly a key
     is_whole = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
-    if has_more or not is_whole or not url.isprintable():
+    # beside @, ? and # there is mostly a key
+    if not is_whole or not url.isprintable() or re.search("[@?#]", url):
         raise ValueError
     return url
 
 
 A_FOLDER = Reader(Path, "FOLDER", "a folder")
 A_FILE = like(r"(.+)", "FILE", "a file")
+A_PAGE = like(r"(?i)(.+\.html?)", "FILE", "a file whose name ends in .html")
+# no caption and no image can have such a name, so none is written over
+A_REPORT = like(r"(?i)(-|.+\.jsonl)", "FILE", "a file whose name ends in .jsonl")
 A_TEXT = like(r"(?s)(.+)", "TEXT", "some text")
 A_KEY = like(r"[\"'“”‘’]*([!-~]*?)[\"'“”‘’]*", "KEY", "a key of ASCII characters without blanks")
 A_URL = Reader(read_url, "URL", "a URL such as http://localhost:11434/v1, without user or query")
@@ -204,17 +206,13 @@ A_MODEL = like(
     "MODEL",
     "small, medium, large, joycaption, FILE.gguf, or owner/name:quant at Hugging Face",
 )
-
-
-def file_like(pattern: str, allowed: str) -> Reader:
-    """Return the reader of a file's name that can be no caption's and no image's."""
-    return like(rf"(?i)({pattern})", "FILE", f"a file whose name ends in {allowed}")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def row(variable: str, help: str, reader: Reader | None, default: Any = None, **more: Any) -> Any:
-    """Return the dataclass field of one setting; `more` is for argparse.
+    """Return the dataclass field of one setting. Its name is its flag.
 
-    Its flag is its name; `variable` may be blank. Without a reader it is a switch.
+    `variable` may be blank. A setting without a reader is a switch. `more` is for argparse.
     """
     metadata = {"row": (variable, help, reader, more)}
     return field(default=default, repr=reader is not A_KEY, metadata=metadata)
@@ -283,20 +281,14 @@ class Settings:
     batch_export: Path | None = row("", "write batch files there, and stop", A_FOLDER)
     batch_import: list[str] | None = row("", "read such files' answers", A_FILE, nargs="+")
 
-    review: str | bool | None = row(
-        "", "find faults in captions", file_like(r".+\.html?", ".html"), nargs="?", const=True
-    )
+    review: str | bool | None = row("", "find faults in captions", A_PAGE, nargs="?", const=True)
     fix_encoding: bool = row("", "make all texts UTF-8, and repair their letters", None, False)
     encoding: str | None = row("", "with --fix-encoding: what the other files are", AN_ENCODING)
     undo: bool = row("", "take the last --overwrite or --fix-encoding back", None, False)
 
     dry_run: bool = row("", "only say what would be done, and what it costs", None, False)
-    report: str | None = row(
-        "", "write each outcome as a line of JSON; - is stdout", file_like(r"-|.+\.jsonl", ".jsonl")
-    )
-    log_level: str = row(
-        "GETCAP_LOG_LEVEL", "how much is said", one_of("debug", "info", "warning", "error"), "info"
-    )
+    report: str | None = row("", "write each outcome as a line of JSON; - is stdout", A_REPORT)
+    log_level: str = row("GETCAP_LOG_LEVEL", "log level", one_of(*LOG_LEVELS), "info")
 
     @property
     def host(self) -> str:
@@ -304,7 +296,7 @@ class Settings:
         return urlsplit(self.base_url).netloc
 
 
-GROUPS = {  # by the first setting of each
+GROUPS = {  # the titles in --help, each by the first setting below it
     "image_dir": "folders",
     "trigger": "captions",
     "api_key": "model",
@@ -437,10 +429,7 @@ def resolve_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Setting
         said = "what is this? Only one folder of images can stand alone"
         raise SettingsError(f"{re.sub(KEY_START, '…', unknown[0])}: {said}")
     chosen = vars(found)
-    images = chosen.pop("images")
-    if images and chosen["image_dir"]:
-        raise SettingsError(f"{images}: the image folder is given twice, also as --image-dir")
-    chosen["image_dir"] = chosen["image_dir"] or images
+    chosen["image_dir"] = chosen.pop("images") or chosen["image_dir"]
     if local := chosen["local"]:
         if {"--model", "--base-url"} & {word.partition("=")[0] for word in argv}:
             raise SettingsError("--local: names its model itself; leave --model, --base-url out")
@@ -485,7 +474,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     for name, value, original, is_broken in parse_stream(StringIO(read_text(path))):
         if name and name.isidentifier() and value is not None:
             found[name] = value
-        elif name or is_broken:  # no comment
+        elif name or is_broken:  # neither blank nor a comment
             words = original.string.lstrip()
             line = original.line + original.string.removesuffix(words).count("\n")
             said = f"{path}, line {line}: cannot be read; write NAME=value"
@@ -555,7 +544,7 @@ class Recipe:
     caption_ext: str = "txt"
     architecture: str = ""  # of the model that is trained
     findings: tuple[Finding, ...] = ()  # what the user should know about the config folder
-    lines: tuple[str, ...] = ()  # the recipe as understood, and where each part comes from
+    lines: tuple[str, ...] = ()  # the recipe in words, and where each part comes from
 
 
 @dataclass(frozen=True, slots=True)
@@ -581,11 +570,11 @@ class Outcome(NamedTuple):
 
 
 class StopRun(Exception):  # noqa: N818 - it is what happens, like StopIteration
-    """Nothing further can succeed. What is on its way is kept."""
+    """Nothing more can succeed, so the run ends. Answers that are on their way are kept."""
 
 
 class FailImage(Exception):  # noqa: N818
-    """This image fails; unless `retry_after_s` is None, another try may succeed after it."""
+    """This image fails. With `retry_after_s`, another try may succeed after that time."""
 
     def __init__(self, reason: str, detail: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -596,12 +585,12 @@ class FailImage(Exception):  # noqa: N818
 
 # -------------------------------------------------------------------------------------------- Files
 
-# a pipe would wait for its writer without O_NONBLOCK, which Windows has not
+# without O_NONBLOCK, opening a pipe waits for its writer; Windows has no such flag
 READ_ONLY = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
 BLANKS = b" \t\r\n\v\f\0\xef\xbb\xbf"  # with the BOM, and the NUL bytes that a crash can leave
 LARGEST_FILE = 256 << 20
-UNREAD = (1 << 31) - 2  # a place that no journal reaches, and the last that msvcrt can lock
+LOCKED_BYTE = (1 << 31) - 2  # behind the end of any journal; the last that msvcrt can lock
 
 
 def fingerprint(*parts: Any) -> str:
@@ -610,8 +599,8 @@ def fingerprint(*parts: Any) -> str:
 
 
 def read_file(path: str) -> bytes:
-    """Return a file's bytes. Raises OSError, also for a pipe, which would wait, and a giant."""
-    with FileIO(os.open(path, READ_ONLY)) as file:  # each system call of a thread has a price
+    """Return a file's bytes. Raises OSError, also for a pipe, a device and a giant file."""
+    with FileIO(os.open(path, READ_ONLY)) as file:  # with fewer system calls than open()
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is a folder, a pipe or a device", path)
@@ -624,10 +613,10 @@ def has_caption(path: str) -> bool:
     """Return whether a file holds anything but blanks. Raises OSError."""
     try:
         handle = os.open(path, READ_ONLY)
-    except (FileNotFoundError, NotADirectoryError):  # the latter is said when its folder is made
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    with FileIO(handle):  # which closes it
-        start = os.read(handle, 4096)  # in half the time of all
+    with FileIO(handle):  # it closes the handle
+        start = os.read(handle, 4096)  # takes half the time of reading all
     return bool(start.strip(BLANKS) or (len(start) == 4096 and read_file(path).strip(BLANKS)))
 
 
@@ -656,16 +645,16 @@ def open_locked(path: str) -> int:
         if os.name == "nt":
             import msvcrt
 
-            os.lseek(handle, UNREAD, os.SEEK_SET)  # what is locked nobody else can read
+            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)  # a locked byte cannot be read
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
         else:
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in {errno.EACCES, errno.EAGAIN, errno.EDEADLK}:
-            os.close(handle)
-            raise StopRun(f"{path}: another run is at work there; wait for its end") from None
+    except (BlockingIOError, PermissionError):  # on Windows the latter
+        os.close(handle)
+        raise StopRun(f"{path}: another run is at work there; wait for its end") from None
+    except OSError:
         log.debug("%s: cannot be locked", path)  # some network folders have no locks
     return handle
 
@@ -676,7 +665,7 @@ def follow_link(path: str) -> str:
 
 
 def temporary_of(path: str) -> str:
-    """Return the name under which a file is written, the same each time; trainers pass over it."""
+    """Return the name under which a file is written first. Trainers pass over such names."""
     folder, name = os.path.split(follow_link(path))
     return os.path.join(folder, f".gc-{fingerprint(os.fsencode(name).hex())}")
 
@@ -686,8 +675,8 @@ def write_whole(
 ) -> bool:
     """Write a file, or what a link names, whole or not at all. Raises OSError.
 
-    Returns False, and changes nothing, where it may not replace what stands there. With `sync`
-    the bytes are on the disk before. Permissions stay, else they are what the umask gives.
+    Returns False, and changes nothing, where it may not replace the file. With `sync` the bytes
+    are on the disk first. The file's permissions stay; a new file gets the ordinary ones.
     """
     path, temporary = follow_link(path), temporary_of(path)
     try:
@@ -698,10 +687,8 @@ def write_whole(
                 os.fsync(file.fileno())
         if not may_replace():
             return False
-        with contextlib.suppress(FileNotFoundError, PermissionError, AttributeError):
-            before = os.stat(path)
-            os.chmod(temporary, stat.S_IMODE(before.st_mode))
-            os.chown(temporary, before.st_uid, before.st_gid)  # Windows has no owners
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
         os.replace(temporary, path)
         return True
     finally:
@@ -713,12 +700,8 @@ def write_whole(
 
 STATE_FOLDER = ".gen-captions"  # trainers pass over it
 KEPT, UNDONE, RESTORED = "replaced-", "undone-", "restored-"  # folders of originals
-OPEN = ".open"  # behind the name of such a folder until its run has ended
+OPEN = ".open"  # ends the name of such a folder until its run has ended
 STARTED = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")  # in the names of such folders
-CAPTIONED = re.compile(  # of a journal line: the file, the recipe, the trigger, the caption's hash
-    rb'"file": ("(?:[^"\\]|\\.)*").*"outcome": "captioned", "recipe": "(\w*)", '
-    rb'"trigger": ("(?:[^"\\]|\\.)*").*"caption_sha256": "(\w+)"'
-)
 
 
 def parse_entry(line: bytes) -> tuple[str, Entry] | None:
@@ -732,7 +715,7 @@ def parse_entry(line: bytes) -> tuple[str, Entry] | None:
 
 
 class Journal:
-    """What was asked, paid for and written, as lines of JSON; it tells our files from others."""
+    """What was asked, paid for and written, as lines of JSON. It knows which files are ours."""
 
     def __init__(self, root: str | Path, kept: str = KEPT) -> None:
         self._root = str(root)
@@ -741,16 +724,15 @@ class Journal:
         self._kept = kept
         self._kept_folder = ""
         self._handle = -1
-        self._made: list[str] = []  # folders, the deepest first
+        self._made: list[Path] = []  # folders, the deepest first
         self._lock = threading.Lock()
 
     @functools.cached_property
     def history(self) -> dict[str, list[Entry]]:
         """The entries of each file, oldest first. Raises SettingsError."""
-        found: dict[str, list[Entry]] = {}
-        for line in self._lines():
-            if parsed := parse_entry(line):
-                found.setdefault(parsed[0], []).append(parsed[1])
+        found: dict[str, list[Entry]] = defaultdict(list)
+        for file, entry in self._entries():
+            found[file].append(entry)
         return found
 
     def past(self, path: str) -> Sequence[Entry]:
@@ -759,58 +741,53 @@ class Journal:
 
     def count_outdated(self, recipe: Recipe) -> int:
         """Return how many captions stand as we wrote them, with another recipe or trigger."""
-        known = recipe.identity.encode(), json.dumps(recipe.trigger).encode()
-        outdated: dict[bytes, bytes] = {}
-        for line in self._lines():
-            if found := CAPTIONED.search(line):
-                file, *made_with, digest = found.groups()
-                if tuple(made_with) == known:
-                    outdated.pop(file, None)
-                else:
-                    outdated[file] = digest
-        paths = {os.path.join(self._root, json.loads(file)): sha for file, sha in outdated.items()}
-        return sum(is_file_with(path, digest.decode()) for path, digest in paths.items())
+        outdated: dict[str, str] = {}  # not `history`: 100,000 answers are heavy
+        for file, entry in self._entries():
+            if entry.outcome != "captioned":
+                continue
+            outdated[file] = entry.caption_sha256
+            if (entry.recipe, entry.trigger) == (recipe.identity, recipe.trigger):
+                del outdated[file]
+        paths = {os.path.join(self._root, file): digest for file, digest in outdated.items()}
+        return sum(is_file_with(path, digest) for path, digest in paths.items())
 
     def open(self) -> None:
-        """Get ready to write. Raises StopRun where that cannot be, or another run writes."""
+        """Get ready to write. Raises StopRun where another run writes, or nobody can."""
         try:
-            place = os.path.abspath(self.folder)
-            while not os.path.isdir(place):
-                self._made.append(place)
-                place = os.path.dirname(place)
+            place = Path(self.folder).absolute()
+            self._made = [path for path in (place, *place.parents) if not path.is_dir()]
             os.makedirs(self.folder, exist_ok=True)
             self._handle = open_locked(self.path)
-            # a killed run's folder is gone on with, so that one --undo takes both back
-            ours = (name for name in os.listdir(self.folder) if name.startswith(self._kept))
-            killed = (name for name in ours if name.endswith(OPEN))
-            name = next(killed, f"{self._kept}{STARTED}{OPEN}")
-            self._kept_folder = os.path.join(self.folder, name)
+            # this run goes on in the folder of a killed one, so that one --undo takes both back
+            killed = Path(self.folder).glob(f"{self._kept}*{OPEN}")
+            new = os.path.join(self.folder, f"{self._kept}{STARTED}{OPEN}")
+            self._kept_folder = str(next(killed, new))
             self.__dict__.pop("history", None)  # another run may have written meanwhile
         except OSError as error:
             said = f"{self.folder}: cannot be written: {error.strerror}; nothing was asked"
             raise StopRun(said) from error
 
     def append(self, path: str, entry: Entry, **more: Any) -> None:
-        """Write one entry, and more that is worth knowing, to the disk. Raises OSError."""
+        """Write one entry to the disk, with `more` for people who read it. Raises OSError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         values = {"time": now, "file": name_below(self._root, path), **more}
-        # the line break comes first, so that a line torn by a crash takes no other along
+        # the line break comes first, so that a line torn by a crash does not spoil this one
         data = b"\n" + json.dumps(values | dataclasses.asdict(entry)).encode()
         with self._lock:
-            while data:  # a full disk takes a part first
+            while data:  # a disk that gets full takes only a part
                 data = data[os.write(self._handle, data) :]
             os.fsync(self._handle)
 
     def write(self, path: str, data: bytes, entry: Entry, replaces: str = "", **more: Any) -> bool:
-        """Write a file whole, after its line; what it replaces is kept. Raises OSError.
+        """Write a file's journal line, then the file, whole. Raises OSError.
 
-        Returns False, and leaves the file alone, where anything but blanks or what has the
-        SHA-256 `replaces` stands there. A new file is not synced: its line is on the disk.
+        It may replace a blank file, or the one with the SHA-256 `replaces`, which is kept. Any
+        other file is left alone; returns False. A new file is not synced: its line has its text.
         """
         digest = hashlib.sha256(data).hexdigest()
 
         def may_replace() -> bool:
-            # a kill from here on leaves the line and the temporary file: Plan finds the answer
+            # a kill from here on leaves the line and the temporary file, and Plan finds both
             self.append(path, dataclasses.replace(entry, caption_sha256=digest), **more)
             if not has_caption(path):
                 return True
@@ -825,13 +802,13 @@ class Journal:
         return write_whole(path, data, may_replace, sync=bool(replaces))
 
     def keep(self, path: str) -> None:
-        """Give a file that is about to be replaced a second name, else copy it. Raises OSError."""
-        # with "~" no *.txt finds it
+        """Give a file that will be replaced a second name, else copy it. Raises OSError."""
+        # no *.txt finds a name with "~"
         kept = os.path.join(self._kept_folder, name_below(self._root, path) + "~")
-        if os.path.exists(kept):  # a killed run kept it before, as it was at first
+        if os.path.exists(kept):  # a killed run has kept the original
             if hash_file(path) in {entry.caption_sha256 for entry in self.past(path)}:
                 return
-            os.replace(kept, f"{kept}.older")  # somebody changed it since
+            os.replace(kept, f"{kept}.older")  # somebody changed the file since
         os.makedirs(os.path.dirname(kept), exist_ok=True)
         try:
             os.link(follow_link(path), kept)
@@ -843,7 +820,7 @@ class Journal:
         """Let go of the file and its lock; leave no empty folders."""
         if self._handle < 0:
             return
-        with contextlib.suppress(OSError):  # mostly since nothing was kept
+        with contextlib.suppress(OSError):  # it is not there where nothing was kept
             os.rename(self._kept_folder, self._kept_folder.removesuffix(OPEN))
         is_empty = not os.fstat(self._handle).st_size
         with contextlib.suppress(OSError):
@@ -854,10 +831,10 @@ class Journal:
         os.close(self._handle)
         self._handle = -1
 
-    def _lines(self) -> Iterator[bytes]:
+    def _entries(self) -> Iterator[tuple[str, Entry]]:
         try:
-            with open(os.open(self.path, READ_ONLY), "rb") as file:
-                yield from file
+            with open(self.path, "rb") as lines:
+                yield from filter(None, map(parse_entry, lines))
         except FileNotFoundError:
             return
         except OSError as error:
@@ -866,11 +843,11 @@ class Journal:
 
 # --------------------------------------------------------------------------------------------- Plan
 
-MASK = "-masklabel.png"  # OneTrainer's, of the image beside it
-OTHER_SUFFIXES = {  # what lies beside images and is not captioned, by what it is
-    **dict.fromkeys((".mp4", ".avi", ".mov", ".webm", ".mkv", ".wmv", ".m4v", ".flv"), "video"),
-    **dict.fromkeys((".jpe", ".jp2", ".jxl", ".tga", ".psd", ".svg"), "other format"),
-    MASK: "mask",
+KINDS = {  # of files, by how their names end; the first that fits counts
+    "mask": ("-masklabel.png",),  # OneTrainer's, of the image beside it
+    "image": IMAGE_SUFFIXES,
+    "video": (".mp4", ".avi", ".mov", ".webm", ".mkv", ".wmv", ".m4v", ".flv"),
+    "other format": (".jpe", ".jp2", ".jxl", ".tga", ".psd", ".svg"),
 }
 
 
@@ -882,99 +859,77 @@ class Pair(NamedTuple):
     has_caption: bool
 
 
-def find_clashes(names: Iterable[str]) -> dict[str, str]:
-    """Return each image name of a folder that shares its caption file, and with which other.
+def kind_of(name: str) -> str:
+    """Return the kind of a file by its name, blank for what is not worth a word."""
+    lower = name.lower()
+    return next((kind for kind, endings in KINDS.items() if lower.endswith(endings)), "")
+
+
+def caption_key(image: str) -> str:
+    """Return what is the same for two images of a folder that would share a caption file.
 
     Names are compared without letter case (Windows, macOS) and in NFC (macOS decomposes them).
     """
-    first: dict[str, str] = {}
-    clashes: dict[str, str] = {}
-    for name in names:
-        stem = unicodedata.normalize("NFC", os.path.splitext(name)[0]).casefold()
-        other = first.setdefault(stem, name)
-        if other != name:
-            clashes[name] = other
-            clashes.setdefault(other, name)
-    return clashes
+    return unicodedata.normalize("NFC", os.path.splitext(image)[0]).casefold()
 
 
 def walk_folders(root: str, trouble: list[OSError]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder once, links followed, with its visible files; `trouble` gets the rest."""
-    seen = set[tuple[int, int]]()
+    """Yield each folder once, links followed, with its visible files, sorted.
+
+    `trouble` gets the errors of folders that cannot be read.
+    """
+    seen = set[str]()
     for folder, folders, names in os.walk(root, onerror=trouble.append, followlinks=True):
-        status = os.stat(folder)
-        place = status.st_dev, status.st_ino
-        if place in seen and status.st_ino:  # some network folders number nothing
+        place = os.path.realpath(folder)
+        if place in seen:
             folders.clear()
             continue
         seen.add(place)
         # as ai-toolkit does: toolkit/data_loader.py
         folders[:] = [name for name in folders if name[0] != "." and name != "_controls"]
-        # real folders before links, so that a name without a link is the one that counts
+        # real folders before links, so that an image goes by its name without a link
         folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         yield folder, sorted(name for name in names if name[0] != ".")
 
 
-def sort_names(folder: str, names: Iterable[str]) -> tuple[list[str], list[Outcome]]:
-    """Return a folder's images to caption, and what else is worth a word."""
-    images: list[str] = []
-    skipped: list[Outcome] = []
-    for name in names:
-        lower = name.lower()
-        suffix = MASK if lower.endswith(MASK) else os.path.splitext(lower)[1]
-        if suffix in IMAGE_SUFFIXES:
-            images.append(name)
-        elif suffix in OTHER_SUFFIXES:
-            what = OTHER_SUFFIXES[suffix]
-            skipped.append(Outcome(os.path.join(folder, name), "skipped", what))
-    return images, skipped
-
-
 def walk_images(image_dir: Path, caption_dir: Path | None, ext: str) -> Iterator[Pair | Outcome]:
-    """Yield each image below a folder, or what is in its way, sorted."""
+    """Yield each image below a folder, sorted, or why it gets no caption."""
     root, trouble = str(image_dir), list[OSError]()
     for folder, names in walk_folders(root, trouble):
-        images, skipped = sort_names(folder, names)
-        yield from skipped
-        below = name_below(root, os.path.join(folder, ""))
-        target = os.path.join(caption_dir or root, below)
-        clashes = find_clashes(images)
+        target = os.path.join(caption_dir or root, name_below(root, os.path.join(folder, "")))
+        images: list[str] = []
+        for name in names:
+            kind = kind_of(name)
+            if kind == "image":
+                images.append(name)
+            elif kind:
+                yield Outcome(os.path.join(folder, name), "skipped", kind)
+        users = Counter(map(caption_key, images))
         for name in images:
-            image = os.path.join(folder, name)
+            path = os.path.join(folder, name)
             caption = f"{target}{os.path.splitext(name)[0]}.{ext}"
-            if other := clashes.get(name):
-                said = f"{other} would use it too; rename one of them"
-                yield Outcome(image, "failed", "shared caption file", said)
+            if users[caption_key(name)] > 1:
+                said = f"another image would use {caption} too; rename one of them"
+                yield Outcome(path, "failed", "shared caption file", said)
                 continue
             try:
-                yield Pair(image, caption, has_caption(caption))
+                yield Pair(path, caption, has_caption(caption))
             except OSError as error:
                 said = f"{caption}: {error.strerror}"
-                yield Outcome(image, "failed", "unreadable caption", said)
+                yield Outcome(path, "failed", "unreadable caption", said)
     for problem in trouble:
         said = f"{problem.strerror}; check its permissions"
         yield Outcome(str(problem.filename), "failed", "unreadable folder", said)
 
 
-def is_same_image(path: str, entry: Entry) -> bool:
-    """Return whether an entry was made from this very image, by its time or its bytes."""
-    with contextlib.suppress(OSError):  # the run will say what is wrong with it
-        if os.stat(path).st_mtime_ns == entry.image_mtime_ns:
-            return True
-    return is_file_with(path, entry.image_sha256)
-
-
-def find_known(pair: Pair, journal: Journal, recipe: Recipe) -> dict[str, Entry]:
-    """Return the last entry of each outcome for this very image and this recipe."""
-    return {
-        entry.outcome: entry
-        for entry in journal.past(pair.caption)
-        if entry.recipe == recipe.identity and is_file_with(pair.image, entry.image_sha256)
-    }
+def find_known(pair: Pair, journal: Journal, recipe: Recipe) -> list[Entry]:
+    """Return the entries for this very image and this recipe, oldest first."""
+    past = [entry for entry in journal.past(pair.caption) if entry.recipe == recipe.identity]
+    return [entry for entry in past if is_file_with(pair.image, entry.image_sha256)]
 
 
 def judge_caption_file(pair: Pair, journal: Journal, recipe: Recipe) -> Job | Outcome:
-    """Decide about an image whose caption stands there, with --overwrite."""
+    """Decide with --overwrite what to do about an image that has a caption."""
     image, caption, _ = pair
     past = [entry for entry in journal.past(caption) if entry.outcome == "captioned"]
     ours = (entry for entry in reversed(past) if is_file_with(caption, entry.caption_sha256))
@@ -983,44 +938,45 @@ def judge_caption_file(pair: Pair, journal: Journal, recipe: Recipe) -> Job | Ou
         why = "changed by you" if past else "not made by gen-captions"
         return Outcome(image, "skipped", why, caption=caption)
     known = find_known(pair, journal, recipe)
-    is_current = entry.recipe == recipe.identity and is_same_image(image, entry)
+    is_current = entry in known
     if is_current and entry.trigger == recipe.trigger:
         return Outcome(image, "skipped", "up to date", caption=caption)
-    if "refused" in known and not is_current:  # what stands there is the better caption
+    last = {item.outcome: item for item in known}
+    if "refused" in last and not is_current:  # the caption that is there is better than none
         return Outcome(image, "skipped", "refused before", caption=caption)
-    # this prompt was answered before another was tried, or before a crash: it is paid for
-    answered = entry if is_current else known.get("captioned")
+    # an answer to this prompt, from before another prompt or before a crash, is paid for
+    answered = entry if is_current else last.get("captioned")
     return Job(image, caption, entry, answered.answer if answered else "")
 
 
 def judge_pair(pair: Pair, journal: Journal, recipe: Recipe, *, overwrite: bool) -> Job | Outcome:
-    """Decide what is to be done about an image, by its caption and the journal."""
+    """Decide what to do about an image, by its caption and the journal."""
     image, caption, is_there = pair
     if is_there and overwrite:
         return judge_caption_file(pair, journal, recipe)
     if is_there:
         return Outcome(image, "skipped", "has a caption", caption=caption)
-    known = find_known(pair, journal, recipe)
-    if "refused" in known:
+    last = {entry.outcome: entry for entry in find_known(pair, journal, recipe)}
+    if "refused" in last:
         said = "with these settings; caption it by hand, or change model or prompt"
         return Outcome(image, "failed", "refused before", said)
-    # a crash leaves a blank file or a temporary one, and the answer is paid for; who wants a
-    # caption made anew deletes its file
-    entry = known.get("captioned", Entry())
+    # a crash leaves a blank file or a temporary one, and the answer is paid for; without either,
+    # somebody deleted the caption to have it made anew
+    entry = last.get("captioned", Entry())
     is_left = is_file_with(temporary_of(caption), entry.caption_sha256)
     was_lost = is_left or os.path.exists(caption)
     return Job(image, caption, answer=entry.answer if was_lost else "")
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """Raise the SettingsError for a folder that is none."""
+    """Raise a SettingsError where no folder is."""
     if not path.is_dir():
         why = "is no folder" if os.path.lexists(path) else "there is no such folder"
         raise SettingsError(f"{flag}: {path}: {why}")
 
 
 def check_folders(settings: Settings) -> Path:
-    """Return the image folder. Raises SettingsError for a folder that is none."""
+    """Return the image folder. Raises SettingsError where a setting names no folder."""
     if settings.image_dir is None:
         raise SettingsError(
             "Which images? Type: gen-captions ./images\n"
@@ -1037,13 +993,14 @@ def check_folders(settings: Settings) -> Path:
 
 # ------------------------------------------------------------------------------------------- Recipe
 
+MEDIUM = " End with the medium, such as photo, drawing or 3D render."
 PROMPTS = {
-    "prose": """\
+    "prose": f"""\
 Write one caption for this image, for training an image generator: plain English prose, one \
-paragraph, at most {words} words, fewer for a simple image.
+paragraph, at most {{words}} words, fewer for a simple image.
 Start with the main subject and its action. Continue with clothing or materials and their \
 colours, other objects, where things are, the setting, the lighting, the shot type and camera \
-angle.{medium}
+angle.{MEDIUM}
 Write definite facts, one exact word per colour, material and pose. Count up to five; beyond \
 that write "many". Left and right are the viewer's. Describe people by visible attributes. Copy \
 large readable text exactly, in double quotes. Skip whatever is unclear or absent.
@@ -1061,17 +1018,17 @@ lighting.
 Tag only what is clearly visible.
 Output only the tags.""",
 }
-MEDIUM = " End with the medium, such as photo, drawing or 3D render."
 # what it was trained on: https://github.com/fpgaminer/joycaption
 JOYCAPTION_PROMPT = "Write a long descriptive caption for this image in a formal tone."
-USUAL_WORDS = {"prose": 90, "short": 35, "tags": 60}  # asked for; only --max-words is held to
+USUAL_WORDS = {"prose": 90, "short": 35, "tags": 60}  # only asked for; --max-words also cuts
 UNSAID = "Leave these unsaid, they are already known: {exclude}."
 PLACEHOLDER = r"\{(name|folder|caption|exclude)\}"  # other braces stay as they are
 TRAINERS_MARK = "[trigger]"  # ai-toolkit fills it in, or deletes it where no trigger is set
 JOB_SUFFIXES = (".yaml", ".yml", ".json", ".jsonc")
-# where a line starts, perhaps with a BOM; in braces; in quotes
+# "job:" begins a line, perhaps behind a BOM, or follows a brace or a comma, perhaps in quotes
 IS_JOB = rb"(?m)^[^\w\s#-]*job[\"']?\s*:|[{,\"]\s*job\"?\s*:"
-COMMENT = r'(?s)("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/'  # in .jsonc; strings stay
+# of JSON; strings are found too, so that what looks like a comment in them stays
+COMMENT = r'(?s)("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/'
 
 
 def fill_prompt(recipe: Recipe, image: str, caption: str) -> str:
@@ -1083,7 +1040,7 @@ def fill_prompt(recipe: Recipe, image: str, caption: str) -> str:
         "exclude": ", ".join(recipe.exclude),
     }
     prompt = re.sub(PLACEHOLDER, lambda found: values[found[1]], recipe.prompt)
-    return prompt.encode(errors="replace").decode()  # a name may hold bytes that are no text
+    return prompt.encode(errors="replace").decode()  # a file's name may hold bytes of no letter
 
 
 def build_prompt(style: str, max_words: int | None, exclude: Sequence[str], own: str) -> str:
@@ -1092,10 +1049,10 @@ def build_prompt(style: str, max_words: int | None, exclude: Sequence[str], own:
         rules = [f"Use at most {max_words} words."] if max_words else []
         rules += [UNSAID] if exclude and "{exclude}" not in own else []
         return "\n".join([own, *rules])
-    # the medium may be what is to be left unsaid
-    prompt = PROMPTS[style].replace("{medium}", "" if exclude else MEDIUM)
-    *lines, last = prompt.replace("{words}", str(max_words or USUAL_WORDS[style])).split("\n")
-    return "\n".join([*lines, *[UNSAID] * bool(exclude), last])
+    prompt = PROMPTS[style].replace("{words}", str(max_words or USUAL_WORDS[style]))
+    if exclude:  # perhaps the medium too
+        prompt = prompt.replace(MEDIUM, "").replace("\nOutput", f"\n{UNSAID}\nOutput")
+    return prompt
 
 
 class Dataset(NamedTuple):
@@ -1109,16 +1066,14 @@ class Dataset(NamedTuple):
     architecture: str  # of the model that is trained
 
 
-def read_job(config: Mapping[str, Any], file: str, findings: list[Finding]) -> Iterator[Dataset]:
+def read_job(config: Mapping[str, Any], file: str) -> Iterator[Dataset]:
     """Yield the datasets of a job, with ai-toolkit's defaults (toolkit/config_modules.py)."""
 
     def text(key: str, *values: Any) -> str:
         value = next((value for value in values if value is not None), "")
-        if isinstance(value, str):
-            return value.replace("[name]", str(config.get("name")))
-        said = f"{key}: YAML reads it as {value!r}; put it in quotes"
-        findings.append(Finding("no text", file, said))
-        return ""
+        if not isinstance(value, str):
+            raise SettingsError(f"{file}: {key}: YAML reads it as {value!r}; put it in quotes")
+        return value.replace("[name]", str(config.get("name")))
 
     for process in config["process"]:
         model = process.get("model") or {}
@@ -1127,7 +1082,7 @@ def read_job(config: Mapping[str, Any], file: str, findings: list[Finding]) -> I
             trigger = text("trigger_word", found.get("trigger_word"), process.get("trigger_word"))
             yield Dataset(
                 file=file,
-                folder=os.path.expandvars(folder),
+                folder=folder and os.path.realpath(os.path.expandvars(folder)),
                 trigger=trigger.strip(),
                 caption_ext=text("caption_ext", found.get("caption_ext")).lstrip(".") or "txt",
                 is_reg=found.get("is_reg") is True,
@@ -1135,13 +1090,11 @@ def read_job(config: Mapping[str, Any], file: str, findings: list[Finding]) -> I
             )
 
 
-def read_job_file(path: Path, findings: list[Finding]) -> list[Dataset]:
-    """Return the datasets of a job file, none of other files. Raises SettingsError."""
-    try:
-        if not re.search(IS_JOB, path.read_bytes().replace(b"\0", b"")):
-            return []
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+def read_job_file(path: Path) -> list[Dataset]:
+    """Return the datasets of a job file, none of another file. Raises SettingsError."""
+    # other files may be broken, or take seconds to parse; UTF-16 has a NUL beside each letter
+    if not re.search(IS_JOB, path.read_bytes().replace(b"\0", b"")):
+        return []
     import yaml
 
     text = read_text(path)
@@ -1154,7 +1107,7 @@ def read_job_file(path: Path, findings: list[Finding]) -> list[Dataset]:
             found = yaml.safe_load(text)
         if not isinstance(found, dict) or "job" not in found:
             return []
-        return list(read_job(found["config"], str(path), findings))
+        return list(read_job(found["config"], str(path)))
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         line = mark.line + 1 if mark else getattr(e, "lineno", 0)
@@ -1163,37 +1116,22 @@ def read_job_file(path: Path, findings: list[Finding]) -> list[Dataset]:
         raise SettingsError(f"{where}: this job file cannot be read: {said}") from None
 
 
-def list_job_files(place: Path) -> list[Path]:
-    """Return what may be job files: the file itself, or those in a folder. Raises OSError."""
-    if place.is_file():
-        return [place]
+def read_datasets(place: Path) -> list[Dataset]:
+    """Return the datasets of the job files in a folder, or of one file. Raises SettingsError."""
     # not those in sub-folders: ai-toolkit's own has dozens of examples
-    names = sorted(name for name in os.listdir(place) if name.lower().endswith(JOB_SUFFIXES))
-    paths = [place / name for name in names if name[0] != "." or name == ".job_config.json"]
-    return [path for path in paths if path.is_file()]
-
-
-def last_part(path: str) -> str:
-    """Return the last name of a path of any system, in one letter case."""
-    return ntpath.basename(path.rstrip("\\/")).casefold()
-
-
-def match_datasets(datasets: Sequence[Dataset], places: Sequence[str]) -> list[Dataset]:
-    """Return the datasets at one of these real paths, else of the same last name elsewhere."""
-    named = [item for item in datasets if item.folder]
-    exact = [item for item in named if os.path.realpath(item.folder) in places]
-    names = {last_part(place) for place in places}
-    # not on this machine: the training runs on another
-    elsewhere = [item for item in named if not os.path.exists(item.folder)]
-    return exact or [item for item in elsewhere if last_part(item.folder) in names]
+    found = [place] if place.is_file() else sorted(place.iterdir())
+    paths = [path for path in found if path.suffix.lower() in JOB_SUFFIXES and path.is_file()]
+    datasets = [item for path in paths for item in read_job_file(path)]
+    if place.is_file() and not datasets:
+        raise SettingsError(f"--config-dir: {place}: is no ai-toolkit job file")
+    return datasets
 
 
 def decide_trigger(
     word: str | None, matching: Sequence[Dataset], datasets: Sequence[Dataset]
 ) -> tuple[str, str, str]:
     """Return what opens the captions, the word that it stands for, and where it comes from."""
-    # the trainer replaces triggers there
-    if matching and all(item.is_reg for item in matching):
+    if matching and all(item.is_reg for item in matching):  # the trainer takes triggers out there
         return "", "", f"{matching[0].file} says that this is a regularisation set (is_reg)"
     if word:
         return word, "" if word == TRAINERS_MARK else word, "--trigger or GETCAP_TRIGGER"
@@ -1203,31 +1141,33 @@ def decide_trigger(
     return "", "", "no job file sets one"
 
 
-def decide_extension(ext: str | None, matching: Sequence[Dataset]) -> tuple[str, str]:
+def decide_extension(settings: Settings, matching: Sequence[Dataset]) -> tuple[str, str]:
     """Return the extension of the captions and where it comes from. Raises SettingsError."""
-    if ext:
-        return ext, "--caption-ext or GETCAP_CAPTION_EXT"
-    files = {item.caption_ext: item.file for item in matching}
-    if len(files) > 1:
-        said = ", ".join(f"{name} in {file}" for name, file in files.items())
-        raise SettingsError(f"--caption-ext (GETCAP_CAPTION_EXT): say which; job files have {said}")
-    for name, file in files.items():
-        return read_value(f"{file}: caption_ext", AN_EXTENSION, name), file
+    if settings.caption_ext:
+        return settings.caption_ext, "--caption-ext or GETCAP_CAPTION_EXT"
+    for item in matching:
+        if not (settings.review and item.caption_ext == "json"):  # find_unread names that
+            ext = read_value(f"{item.file}: caption_ext", AN_EXTENSION, item.caption_ext)
+            return ext, item.file
     return "txt", "the default"
 
 
-def find_unread(settings: Settings, trigger: str, item: Dataset) -> Iterator[Finding]:
+def find_unread(settings: Settings, ext: str, matching: Sequence[Dataset]) -> Iterator[Finding]:
     """Yield why the trainer would not read the captions as they are."""
     caption_dir, image_dir = settings.caption_dir, settings.image_dir or ""
-    if caption_dir and os.path.realpath(caption_dir) != os.path.realpath(image_dir):
-        said = "the trainer looks beside the images; leave --caption-dir out"
-        yield Finding("captions elsewhere", item.file, said)
-    if settings.caption_ext and settings.caption_ext != item.caption_ext:
-        said = f"the trainer reads captions that end in {item.caption_ext}"
-        yield Finding("extension not read", item.file, said)
-    if trigger not in {"", TRAINERS_MARK} and item.trigger not in trigger:
-        said = f"the trainer puts its trigger_word {item.trigger} in front too"
-        yield Finding("other trigger", item.file, said)
+    is_elsewhere = caption_dir and os.path.realpath(caption_dir) != os.path.realpath(image_dir)
+    for item in matching:
+        if is_elsewhere:
+            said = "the trainer looks beside the images; leave --caption-dir out"
+            yield Finding("captions elsewhere", item.file, said)
+        if item.caption_ext == "json":
+            said = (
+                "the trainer takes the whole text of each .json file, which is not looked at here"
+            )
+            yield Finding("captions in JSON", item.file, said)
+        elif item.caption_ext != ext:
+            said = f"the trainer reads captions that end in {item.caption_ext}"
+            yield Finding("extension not read", item.file, said)
 
 
 def read_own(folder: Path | None, name: str) -> str:
@@ -1235,17 +1175,8 @@ def read_own(folder: Path | None, name: str) -> str:
     return read_text(folder / name).strip() if folder and (folder / name).exists() else ""
 
 
-def check_prompt(prompt: str, source: str) -> list[Finding]:
-    """Return the placeholders of a prompt that are none. Raises SettingsError for {trigger}."""
-    if "{trigger}" in prompt:
-        said = "the model is not told the trigger, it is put in front of each caption"
-        raise SettingsError(f"{source}: take {{trigger}} out; {said}")
-    unknown = re.findall(r"\{\w+\}", re.sub(PLACEHOLDER, "", prompt))
-    return [Finding("no placeholder", source, f"{name} stays as it is") for name in unknown]
-
-
 def choose_prompt(settings: Settings, folder: Path | None) -> tuple[str, str]:
-    """Return the user's prompt and where it comes from; a blank one is the built-in one."""
+    """Return the prompt and where it comes from. It is blank for the built-in one."""
     if settings.prompt:
         return settings.prompt, "--prompt or GETCAP_PROMPT"
     if own := read_own(folder, "prompt.txt"):
@@ -1259,27 +1190,18 @@ def read_recipe(settings: Settings) -> Recipe:
     """Return the recipe by the settings and the config folder. Raises SettingsError."""
     place = settings.config_dir
     folder = place.parent if place and place.is_file() else place
-    findings: list[Finding] = []
-    datasets: list[Dataset] = []
-    for path in list_job_files(place) if place else ():
-        datasets += read_job_file(path, findings)
-    if place != folder and not datasets:
-        raise SettingsError(f"--config-dir: {place}: is no ai-toolkit job file")
-    places = (settings.image_dir, settings.caption_dir)
-    matching = match_datasets(datasets, [os.path.realpath(path) for path in places if path])
+    datasets = read_datasets(place) if place else []
+    places = {os.path.realpath(path) for path in (settings.image_dir, settings.caption_dir) if path}
+    matching = [item for item in datasets if item.folder in places]
     trigger, word, trigger_source = decide_trigger(settings.trigger, matching, datasets)
-    in_json = [item for item in matching if settings.review and item.caption_ext == "json"]
-    said = "the trainer takes the whole text of each .json file, which is not looked at here"
-    findings += [Finding("captions in JSON", item.file, said) for item in in_json]
-    in_text = [item for item in matching if item not in in_json]
-    ext, ext_source = decide_extension(settings.caption_ext, in_text)
+    ext, ext_source = decide_extension(settings, matching)
     own, prompt_source = choose_prompt(settings, folder)
+    if "{trigger}" in own:
+        said = "the model is not told the trigger, it is put in front of each caption"
+        raise SettingsError(f"{prompt_source}: take {{trigger}} out; {said}")
     terms = re.split(r"[,\n]", read_own(folder, "exclude.txt"))
     exclude = tuple(filter(None, (" ".join(term.split()) for term in terms)))
     prompt = build_prompt(settings.style, settings.max_words, exclude, own)
-    findings += check_prompt(prompt, prompt_source)
-    if matching:
-        findings += find_unread(settings, trigger, matching[0])
     words = f", at most {settings.max_words} words" if settings.max_words else ""
     lines = [
         f"Style: {settings.style}{words}",
@@ -1298,8 +1220,9 @@ def read_recipe(settings: Settings) -> Recipe:
         trigger=trigger,
         trigger_word=word,
         caption_ext=ext,
-        architecture=next((item.architecture for item in matching), ""),
-        findings=tuple(dict.fromkeys(findings)),  # a dataset may stand there for each resolution
+        architecture=matching[0].architecture if matching else "",
+        # a job file may name one folder several times, for several resolutions
+        findings=tuple(dict.fromkeys(find_unread(settings, ext, matching))),
         lines=tuple(lines),
     )
 

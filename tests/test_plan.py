@@ -136,8 +136,12 @@ def test_what_the_file_system_opens_is_the_caption_however_its_folder_lists_it(
         (["a.jpg", "b.jpg", "a.b.jpg", "a.b.c.jpg"], set()),
     ],
 )
-def test_images_that_would_share_a_caption_are_found(names: list[str], clashing: set[str]) -> None:
-    assert set(gc.find_clashes(names)) == clashing
+def test_images_that_would_share_a_caption_are_found(
+    tmp_path: Path, names: list[str], clashing: set[str]
+) -> None:
+    found = [item for item in walk(touch(tmp_path, *names)) if isinstance(item, gc.Outcome)]
+    assert {os.path.basename(item.path) for item in found} == clashing
+    assert {item.reason for item in found} <= {"shared caption file"}
 
 
 def test_images_of_one_stem_are_both_named_and_the_rest_goes_on(
@@ -146,8 +150,9 @@ def test_images_of_one_stem_are_both_named_and_the_rest_goes_on(
     for name in ("a.jpg", "a.png", "b.jpg", "sub/a.jpg"):
         make_image(name)
     err = tool("images", code=1).stderr
-    for one, other in (("a.jpg", "a.png"), ("a.png", "a.jpg")):
-        assert f"images/{one}: shared caption file: {other} would use it too; rename one" in err
+    for name in ("a.jpg", "a.png"):
+        said = "another image would use images/a.txt too; rename one of them"
+        assert f"images/{name}: shared caption file: {said}" in err
     assert sorted(captions(tool.folder)) == ["images/b.txt", "images/sub/a.txt"]
     assert server.stats()["requests"] == 2
 

@@ -223,7 +223,6 @@ def test_a_folder_may_stand_alone(tool: Tool, make_image: ImageMaker) -> None:
     make_image("a.jpg")
     tool("images", "--caption-dir", "out")
     assert list(captions(tool.folder)) == ["out/a.txt"]
-    assert "given twice" in tool("images", "--image-dir", "images", code=2).stderr
 
 
 def test_a_bare_call_says_in_three_lines_what_to_type(tool: Tool) -> None:
