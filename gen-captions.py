@@ -1341,7 +1341,7 @@ def count_processors() -> int:
 
 @contextlib.contextmanager
 def name_damage() -> Iterator[None]:
-    """Turn whatever a decoder stumbles over into a FailImage."""
+    """Raise a FailImage for any error of a decoder."""
     try:
         yield
     except FailImage:
@@ -1376,30 +1376,24 @@ def read_orientation(image: Image.Image) -> int:
         return 1
 
 
-def fit(size: Size, side: int) -> Size:
-    """Return a size shrunk to at most `side` on its longest side."""
-    scale = min(1.0, side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def widen(size: Size) -> Size:
-    """Return a size stretched to what models take at least."""
-    return max(LEAST_SIDE, size[0]), max(LEAST_SIDE, size[1])
+def fit(size: Size, max_side: int) -> Size:
+    """Return a size shrunk to its longest side, but with no side below LEAST_SIDE."""
+    scale = min(1.0, max_side / max(size))
+    width, height = (max(LEAST_SIDE, round(side * scale)) for side in size)
+    return width, height
 
 
 @name_damage()
 def measure_image(file: IO[bytes], max_side: int) -> Size:
     """Return about the size that an image will be sent in. Raises FailImage."""
-    return widen(fit(open_image(file).size, max_side))
+    return fit(open_image(file).size, max_side)
 
 
 def is_ready(image: ImageFile.ImageFile, data: bytes, max_side: int) -> bool:
-    """Return whether a file is an upright RGB JPEG that fits, with its end in place."""
+    """Return whether a file is an upright RGB JPEG that fits and is not cut short."""
     is_plain = (image.format, image.mode, read_orientation(image)) == ("JPEG", "RGB", 1)
-    if not is_plain or max(image.size) > max_side or min(image.size) < LEAST_SIDE:
-        return False
-    start = image.fp.tell() if image.fp else 0
-    return data.rfind(b"\xff\xd9", max(start, len(data) - 1024)) != -1
+    end = data[-1024:]  # phones write more behind the end mark
+    return is_plain and fit(image.size, max_side) == image.size and b"\xff\xd9" in end
 
 
 @name_damage()
@@ -1414,13 +1408,12 @@ def prepare_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
     # becomes 1008 x 756, as many patches of 32 pixels as 1024 x 768 (benchmarks/README.md)
     image.draft("RGB", fit(image.size, max_side - max_side // 32))
     image.decodermaxblock = len(data)  # all at once: between blocks it waits for other threads
-    image.load()  # TIFF turns itself upright here, and forgets its orientation
+    image.load()  # a TIFF turns itself upright here and forgets its orientation
     turn = TURNS.get(read_orientation(image))
-    small = to_rgb(image)
-    # nearer to a full LANCZOS than Pillow's default, and quicker where nothing was drafted
-    small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=1.5)
-    if min(small.size) < LEAST_SIDE:
-        small = small.resize(widen(small.size))
+    # a gap of 1.5 looks like none, and is quicker where nothing was drafted
+    small = to_rgb(image).resize(
+        fit(image.size, max_side), Image.Resampling.LANCZOS, reducing_gap=1.5
+    )
     if turn is not None:
         small = small.transpose(Image.Transpose(turn))
     output = BytesIO()
@@ -1511,7 +1504,6 @@ DATA_URL = "data:image/jpeg;base64,"
 NEWER_LIMIT, OLDER_LIMIT = "max_completion_tokens", "max_tokens"  # OpenAI's name, and others'
 OUR_DEFAULTS = {"reasoning_effort", "prompt_cache_options"}  # unless the user sets them
 LONGEST_WAIT_S = 600.0  # a server that asks for more ends the run
-LONGEST_SAID_S = 30 * 86_400.0  # more is no time to wait
 
 Parameters = dict[str, Any]
 
@@ -1523,7 +1515,6 @@ class Reply:
     status: int = 200  # 0: nothing came back
     content: str = ""
     finish_reason: str = ""
-    refusal: str = ""
     has_reasoning: bool = False
     usage: Usage | None = None  # None: the server did not count
     tier: str = ""  # the service tier that it was billed as
@@ -1584,14 +1575,14 @@ def dig(found: Any, *path: str | int) -> Any:
 
 
 def read_usage(found: Any) -> Usage | None:
-    """Return the tokens that a server counts, None unless they can be."""
+    """Return the tokens that a server counts, None where the counts are missing or absurd."""
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     prompt, answer, total = (dig(found, name) for name in names)
     for count in (prompt, answer):
         if not isinstance(count, int | float) or not 0 <= count < 10**9:
             return None
     if isinstance(total, int | float) and total < 10**9:
-        answer = max(answer, total - prompt)  # some leave thoughts out here, and bill them
+        answer = max(answer, total - prompt)  # some bill thoughts and count them only here
     return Usage(int(prompt), int(answer)) if prompt else None
 
 
@@ -1599,24 +1590,20 @@ def parse_body(text: str) -> Any:
     """Return the JSON of a body, None when there is none."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    # some servers stream though nobody asked: their events come to one completion
-    events: list[Any] = []
+    # some servers stream though nobody asked: join the events to one completion
+    content, finish, error, usage = "", None, None, None
     for line in text.split("\n"):
         with contextlib.suppress(ValueError, RecursionError):
-            events.append(json.loads(line.removeprefix("data:")))
-
-    def last(*path: str | int) -> Any:
-        return next(filter(None, (dig(event, *path) for event in reversed(events))), None)
-
-    message: dict[str, str] = {}
-    for name in ("content", "reasoning", "reasoning_content"):
-        parts = (dig(event, "choices", 0, "delta", name) for event in events)
-        message[name] = "".join(part for part in parts if isinstance(part, str))
-    finish, error = last("choices", 0, "finish_reason"), last("error")
+            event = json.loads(line.removeprefix("data:"))
+            delta = dig(event, "choices", 0, "delta", "content")
+            content += delta if isinstance(delta, str) else ""
+            finish = dig(event, "choices", 0, "finish_reason") or finish
+            error = dig(event, "error") or error
+            usage = dig(event, "usage") or usage
     if not finish and not error:  # cut short
         return None
-    choice = {"message": message, "finish_reason": finish}
-    return {"choices": [choice], "error": error, "usage": last("usage")}
+    choice = {"message": {"content": content}, "finish_reason": finish}
+    return {"choices": [choice], "error": error, "usage": usage}
 
 
 def read_answer(body: Any) -> Reply | None:
@@ -1624,19 +1611,18 @@ def read_answer(body: Any) -> Reply | None:
     message, finish = dig(body, "choices", 0, "message"), dig(body, "choices", 0, "finish_reason")
     if not isinstance(message, dict) and not finish:
         return None
-    content = dig(message, "content")
+    content, refusal = dig(message, "content"), dig(message, "refusal")
     # some answer in parts: thoughts, then text
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [dig(part, "text") for part in parts if dig(part, "type") in ("text", "output_text")]
+    texts = [dig(part, "text") for part in parts if dig(part, "type") == "text"]
     thoughts = (  # Ollama and vLLM; LM Studio and llama.cpp; OpenAI
         dig(message, "reasoning")
         or dig(message, "reasoning_content")
         or dig(body, "usage", "completion_tokens_details", "reasoning_tokens")
     )
     return Reply(
-        content="".join(text for text in texts if isinstance(text, str)),
-        finish_reason=str(finish or ""),
-        refusal=str(dig(message, "refusal") or ""),
+        content=str(refusal or "".join(text for text in texts if isinstance(text, str))),
+        finish_reason="refusal" if refusal else str(finish or ""),
         has_reasoning=bool(thoughts) or len(texts) < len(parts),
         usage=read_usage(dig(body, "usage")),
         tier=str(dig(body, "service_tier") or "")[:40],
@@ -1660,7 +1646,7 @@ def parse_reply(
     code = str(dig(named, "code"))
     if status == 200 and code.isdecimal() and 400 <= int(code) < 600:
         status = int(code)  # OpenRouter's late errors come under HTTP 200
-    wait_s = min(LONGEST_SAID_S, read_wait(headers, raw, named, now_s))
+    wait_s = read_wait(headers, raw, named, now_s)
     if now_s and wait_s > 60:
         end = datetime.fromtimestamp(now_s + wait_s, UTC).astimezone()
         words += f"; it asks to wait until {end:%d %B %H:%M}"
@@ -1680,9 +1666,11 @@ def describe_error(raw: str) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of "7", "12ms", "6m0s" or "2 minutes"; 0 for anything else."""
-    parts = re.findall(r"(\d+(?:\.\d+)?) ?(ms|[hms]?)", text) if text[:1].isdecimal() else []
+    """Return the seconds of "7", "12ms", "6m0s" or "2 minutes"; 0 for dates and epochs."""
+    if not re.match(r"\d{1,7}(?!\d)", text):
+        return 0.0
     scale = {"h": 3600.0, "m": 60.0, "ms": 0.001}
+    parts = re.findall(r"(\d{1,7}(?:\.\d+)?) ?(ms|[hms]?)", text)
     return sum(float(number) * scale.get(unit, 1.0) for number, unit in parts)
 
 
@@ -1692,11 +1680,9 @@ WAIT = r"(?i)(?:retry.?(?:delay|after|in)|(?:try again|resets?) (?:in|after))\W{
 
 def read_wait(headers: Mapping[str, str], raw: str, error: Any, now_s: float) -> float:
     """Return the seconds that a server asks to wait, wherever it says so, else 0."""
-    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        if wait_s := parse_duration(headers.get(name, "")):
-            return wait_s * scale
-    if said := re.search(WAIT, raw):
-        return parse_duration(said[1])
+    for said in (headers.get("retry-after", ""), *re.findall(WAIT, raw)):
+        if wait_s := parse_duration(said):
+            return wait_s
     # OpenRouter's is the time when the limit ends, in milliseconds
     reset = str(dig(error, "metadata", "headers", "X-RateLimit-Reset"))
     if now_s and reset.isdecimal():
@@ -1711,8 +1697,7 @@ def read_limit(headers: Mapping[str, str], unit: str) -> tuple[float, float, flo
     most, left, reset = (headers.get(f"x-ratelimit-{word}-{unit}", "") for word in words)
     if not (re.fullmatch(r"[1-9]\d{0,14}", most) and re.fullmatch(r"\d{1,15}", left)):
         return None
-    reset_s = parse_duration(reset)
-    return int(most), int(left), reset_s if reset_s < LONGEST_SAID_S else 0.0  # it is an epoch
+    return int(most), int(left), parse_duration(reset)
 
 
 ALWAYS, AT_FIRST = "always", "at first"  # the run ends; so too unless the server has answered
@@ -1943,11 +1928,9 @@ def judge_reply(reply: Reply, style: str = "prose", *, has_answered: bool = True
         raise judge_error(reply, has_answered=has_answered)
     text, finish = clean_caption(reply.content, style), reply.finish_reason.lower()
     *thoughts, said = re.split(THOUGHT_END, reply.content)
+    has_thoughts_only = not text and (thoughts or reply.has_reasoning)
     reason = next((name for name, phrases in ENDINGS if has_phrase(finish, phrases)), "")
-    if reply.refusal:
-        reason = "refused"
-    is_thought_only = not text and (thoughts or reply.has_reasoning)
-    if not reason and (is_thought_only or re.match(THOUGHT_START, said)):
+    if not reason and (has_thoughts_only or re.match(THOUGHT_START, said)):
         reason = "reasoning only"
     reason = reason or find_fault(text)
     if not reason and has_phrase(finish, CUT_OFF):
@@ -1956,9 +1939,9 @@ def judge_reply(reply: Reply, style: str = "prose", *, has_answered: bool = True
         reason = "" if text else "cut off"
     if not reason:
         return text
-    words = shorten(reply.refusal or text or reply.finish_reason, 120)
+    words = shorten(text or reply.finish_reason, 120).rstrip(".")
     again_s = 0.0 if reason == "broken answer" else None
-    said = "; ".join(filter(None, (words.rstrip("."), ADVICE[reason])))
+    said = f"{words}; {ADVICE[reason]}" if words else ADVICE[reason]
     raise FailImage(reason, said, retry_after_s=again_s)
 
 
@@ -2045,14 +2028,7 @@ def describe_cost(settings: Settings, images: int, usage: Usage) -> str:
     cost = find_cost(settings, usage, tier)
     if cost is None:
         return f"{said}; the price at {settings.host} is not known, --price IN/OUT says it"
-    said += f": about {show_dollars(cost)}"
-    others = {name: find_cost(settings, usage, name) or cost for name in ("flex", "batch")}
-    cheaper = [f"{name} {show_dollars(other)}" for name, other in others.items() if other < cost]
-    if cheaper:
-        said += f" ({', '.join(cheaper)})"
-    if settings.max_cost and cost > settings.max_cost:
-        said += f"; --max-cost {show_dollars(settings.max_cost)} ends it before"
-    return said
+    return f"{said}: about {show_dollars(cost)}"
 
 
 class Bill:
@@ -2067,16 +2043,16 @@ class Bill:
         self._held = 0.0  # for requests on their way
         self._dearest = 0.0  # of all answers: counts and tiers may be other than thought
 
-    @functools.cached_property
+    @property
     def has_price(self) -> bool:
-        """Whether the price is known; to look it up takes a moment."""
+        """Whether the price is known. The first look-up takes a moment."""
         return find_cost(self._settings, Usage(), self._tier) is not None
 
     def hold(self, expected: Usage, longest: int, tier: str = "") -> float:
         """Count a request at its worst, and return its dollars. Raises StopRun over the budget."""
         usage = Usage(2 * expected.prompt, longest)  # a prompt may take more than is thought
-        dearest = 0.0 if tier else self._dearest
-        worst = max(find_cost(self._settings, usage, tier or self._tier) or 0.0, dearest)
+        worst = find_cost(self._settings, usage, tier or self._tier) or 0.0
+        worst = max(worst, self._dearest)
         most = self._settings.max_cost
         if most is not None and self.spent + self._held + worst > most:
             sums = map(show_dollars, (most, self.spent, self._held, worst))
@@ -2086,19 +2062,19 @@ class Bill:
         return worst
 
     def hold_again(self, dollars: float) -> None:
-        """Count what an earlier run has sent and nobody has settled."""
+        """Count what a waiting batch may cost; with a minus, take it off when the batch is over."""
         self._held += dollars
 
-    def settle(self, held: float, reply: Reply | None, tier: str = "") -> float:
+    def settle(self, held: float, reply: Reply, tier: str = "") -> float:
         """Count what came back instead of what was held; return its dollars."""
         self._held -= held
-        if reply and reply.is_free:
+        if reply.is_free:
             return 0.0
-        cost, usage = held, reply.usage if reply else None
-        if reply and usage:
+        cost = held
+        if reply.usage:
             billed_as = tier or reply.tier or self._tier
-            cost = find_cost(self._settings, usage, billed_as) or 0.0
-            self.usage += usage
+            cost = find_cost(self._settings, reply.usage, billed_as) or 0.0
+            self.usage += reply.usage
         else:
             self.lost += 1
         self._dearest = max(self._dearest, cost)
@@ -2227,7 +2203,7 @@ class Throttle:
         self._sent_at = 0.0
         self._good: deque[float] = deque(maxlen=100)  # when the last good answers came
         self.failures = 0  # requests without a good answer, in a row
-        self._refused_at = math.inf  # when a 429 came that no good answer has followed
+        self._first_429_at = math.inf  # since the last good answer
         self._not_before = self._said_until = 0.0
         self._queue = asyncio.Lock()
 
@@ -2243,14 +2219,14 @@ class Throttle:
             taken = self._requests.taken, self._tokens.taken
             return Ticket(self._sent_at, self._tokens_each, taken)
 
-    def learn(self, ticket: Ticket, reply: Reply, headers: Mapping[str, str]) -> bool:
-        """Correct the pace by what came back; return whether its headers show limits."""
+    def learn(self, ticket: Ticket, reply: Reply, headers: Mapping[str, str]) -> None:
+        """Correct the pace by what came back."""
         now, usage = self._now(), reply.usage
         self.failures += 1
         if not reply.error:
             self._good.append(now)
             self._interval_s *= FASTER
-            self._refused_at = math.inf
+            self._first_429_at = math.inf
             self.failures = 0
         if usage:
             tokens = usage.prompt + usage.answer
@@ -2262,20 +2238,22 @@ class Throttle:
             if limit := read_limit(headers, unit):
                 bucket.learn(limit, taken, now)
                 has_limits = True
-        return has_limits
+        # flex without room is no limit of ours:
+        # https://developers.openai.com/api/docs/guides/flex-processing
+        if reply.status == 429 and not has_limits and "resource_unavailable" not in reply.raw:
+            self._slow_down(ticket, reply.retry_after_s)
 
-    def slow_down(self, ticket: Ticket, retry_after_s: float) -> None:
-        """Take note of a 429 of a server that shows no limits.
+    def _slow_down(self, ticket: Ticket, retry_after_s: float) -> None:
+        """Pause all workers on the second 429 in a row; the first slows only its own request.
 
-        The first slows its own request, the second in a row all. What was sent before the first
-        came met the same limit.
+        A request that was sent before the first 429 came met the same limit, and is no second.
         """
-        if ticket.sent_at >= self._refused_at:
+        if ticket.sent_at >= self._first_429_at:
             self._not_before = max(self._not_before, self._now() + retry_after_s)
             if self._good:
-                took_s = self._refused_at - self._good[0]
+                took_s = self._first_429_at - self._good[0]
                 self._interval_s = SLOWER * took_s / len(self._good)
-        self._refused_at = min(self._refused_at, self._now())
+        self._first_429_at = min(self._first_429_at, self._now())
 
     def _wait_s(self, now: float) -> float:
         wait_s = max(
@@ -2335,7 +2313,7 @@ def hide_key(reply: Reply, settings: Settings) -> Reply:
     key = settings.api_key
     if len(key) < 6 or key.isalpha():  # "ollama" is no secret, and a word
         return reply
-    names = ("content", "refusal", "error", "raw")
+    names = ("content", "error", "raw")
     texts = {name: getattr(reply, name).replace(key, "[key]") for name in names}
     return dataclasses.replace(reply, **texts)
 
@@ -2437,10 +2415,9 @@ class Asker:
         self._stop = stop
         self._style = recipe.style
         self._throttle = Throttle(settings.throttle_submission_rate, stop)
-        self._warned = set[str]()
+        self._has_warned = False
         self._errors: Counter[str] = Counter()  # before the server has answered
         self._in_a_row: deque[str] = deque(maxlen=MOST_IN_A_ROW)  # reasons of failures
-        self._was_rejected = False  # the last request with our own defaults
         self._attempt_often = keep_trying(settings, stop, self._throttle).wraps(self._attempt)
         self.parameters = first_parameters(settings)
         self.has_answered = self.is_settled = False
@@ -2463,12 +2440,9 @@ class Asker:
         return answer
 
     async def _attempt(self, question: Question) -> str:
-        """Ask once, or with other parameters where our defaults are rejected."""
-        reply = await self._send(question, self.parameters)
-        if is_rejected(reply) and not self.is_settled:
-            reply = await self._try_others(question, reply)
-        elif is_answered(reply):
-            self.has_answered = self.is_settled = True
+        """Ask once, and judge what comes back."""
+        reply = await self._send_and_adapt(question)
+        self.has_answered |= is_answered(reply)
         try:
             return judge_reply(reply, self._style, has_answered=self.has_answered)
         except FailImage as error:
@@ -2478,28 +2452,30 @@ class Asker:
                 raise StopRun(str(error)) from error
             raise
 
-    async def _try_others(self, question: Question, rejected: Reply) -> Reply:
-        """Ask about the same image without what nobody asked for; rejected twice, it is dropped."""
+    async def _send_and_adapt(self, question: Question) -> Reply:
+        """Send a question; where our own defaults are rejected, send it without them.
+
+        One such image may be odd itself. With the second, the defaults are dropped for the run.
+        """
+        first = await self._send(question, self.parameters)
+        if self.is_settled or not is_rejected(first):
+            self.is_settled |= is_answered(first)
+            return first
         for parameters in other_parameters(self._settings, self.parameters):
             reply = await self._send(question, parameters)
             if is_rejected(reply):
                 continue
-            if is_answered(reply):
-                self.has_answered = True
-                if self._was_rejected:
-                    gone = ", ".join(self.parameters.keys() - parameters)
-                    said = "The server rejects %s; not sent any more: %s"
-                    log.warning(said, gone, rejected.error)
-                    self.parameters = parameters
-                    self.is_settled = True
-                self._was_rejected = True
+            if is_answered(reply) and self.has_answered:
+                gone = ", ".join(self.parameters.keys() - parameters)
+                log.warning("The server rejects %s; not sent any more: %s", gone, first.error)
+                self.parameters, self.is_settled = parameters, True
             return reply
-        return rejected
+        return first
 
     async def _send(self, question: Question, parameters: Parameters) -> Reply:
         """Send one request and count what came back."""
         ticket = await self._throttle.turn()
-        reply: Reply | None = None
+        reply = Reply(0)
         limits = self._settings.max_tokens, parameters.get(NEWER_LIMIT), parameters.get(OLDER_LIMIT)
         longest = max(limit for limit in limits if isinstance(limit, int))
         held = self._bill.hold(question.expected, longest)
@@ -2514,14 +2490,14 @@ class Asker:
             self._stop.in_flight -= 1
             question.dollars += self._bill.settle(held, reply)
         question.usage += reply.usage or Usage()
-        has_limits = self._throttle.learn(ticket, reply, headers)
-        # flex without room is no limit of ours:
-        # https://developers.openai.com/api/docs/guides/flex-processing
-        if reply.status == 429 and not has_limits and "resource_unavailable" not in reply.raw:
-            self._throttle.slow_down(ticket, reply.retry_after_s)
+        self._throttle.learn(ticket, reply, headers)
         if not reply.error:
             log.debug("%s: %s", path, reply.content)
-            self._warn(reply, question)
+        # text models answer too: https://github.com/if-ai/ComfyUI-IF_AI_tools/issues/13
+        is_text = reply.usage and reply.usage.prompt <= text_tokens(question.prompt)
+        if is_text and not self._has_warned:
+            self._has_warned = True
+            log.warning("%s: perhaps no image was seen: the text alone has so many tokens", path)
         return reply
 
     async def _post(self, body: bytes) -> tuple[Reply, Mapping[str, str]]:
@@ -2535,18 +2511,6 @@ class Asker:
             return read_response(response, settings), response.headers
         except Exception as error:
             return describe_failure(error, settings), {}
-
-    def _warn(self, reply: Reply, question: Question) -> None:
-        """Say once what is odd about an answer and may cost too much."""
-        asked, path = self._settings.service_tier, question.job.image
-        odd = {}
-        if reply.usage and reply.usage.prompt <= text_tokens(question.prompt):
-            odd["image"] = f"{path}: perhaps no image was seen: the text alone has so many tokens"
-        if asked and reply.tier not in {"", asked}:
-            odd["tier"] = f"GETCAP_SERVICE_TIER: {asked} was asked for, {reply.tier} is billed"
-        for kind in odd.keys() - self._warned:
-            self._warned.add(kind)
-            log.warning("%s", odd[kind])
 
 
 # ------------------------------------------------------------------------------------------- Report
