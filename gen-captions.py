@@ -1308,11 +1308,11 @@ def read_recipe(settings: Settings) -> Recipe:
 
 JPEG_QUALITY = 90
 LEAST_SIDE = 32  # Qwen-VL servers fail on less: https://github.com/ollama/ollama/issues/13113
-MOST_PIXELS = 90_000_000  # to hold in memory; a JPEG may have twice as many, as it is shrunk early
-# read by content; nothing that runs another program (EPS does), no video
+MOST_PIXELS = 90_000_000  # they must fit in memory; a JPEG may have twice as many: it shrinks early
+# no video, and no EPS, which runs another program
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 ORIENTATION = 0x0112  # of EXIF
-# Image.Transpose by EXIF orientation; ImageOps.exif_transpose also fails on broken neighbours
+# EXIF orientation: Image.Transpose; ImageOps.exif_transpose fails where another tag is broken
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 Size = tuple[int, int]
 
@@ -1322,8 +1322,8 @@ def load_pillow() -> None:
     from PIL import Image, PngImagePlugin
 
     Image.init()
-    Image.MAX_IMAGE_PIXELS = None  # open_image has the limit
-    PngImagePlugin.MAX_TEXT_CHUNK = LARGEST_FILE  # profiles and prompts of over 1 MB are fine
+    Image.MAX_IMAGE_PIXELS = None  # open_image has its own limit
+    PngImagePlugin.MAX_TEXT_CHUNK = LARGEST_FILE  # profiles and prompts may be over 1 MB
     PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_FILE
     warnings.filterwarnings("ignore", module=r"PIL\.")  # this file judges what Pillow warns about
     with contextlib.suppress(ImportError):
@@ -1404,16 +1404,15 @@ def prepare_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
     image = open_image(BytesIO(data))
     if is_ready(image, data, max_side):
         return data, image.size
-    # a JPEG is decoded at the least of 1/2, 1/4, 1/8 that is at most 1/32 too small: 4032 x 3024
+    # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is at most 1/32 too small: 4032 x 3024
     # becomes 1008 x 756, as many patches of 32 pixels as 1024 x 768 (benchmarks/README.md)
     image.draft("RGB", fit(image.size, max_side - max_side // 32))
-    image.decodermaxblock = len(data)  # all at once: between blocks it waits for other threads
+    image.decodermaxblock = len(data)  # in one block: after each, it waits for other threads
     image.load()  # a TIFF turns itself upright here and forgets its orientation
     turn = TURNS.get(read_orientation(image))
     # a gap of 1.5 looks like none, and is quicker where nothing was drafted
-    small = to_rgb(image).resize(
-        fit(image.size, max_side), Image.Resampling.LANCZOS, reducing_gap=1.5
-    )
+    size = fit(image.size, max_side)
+    small = to_rgb(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=1.5)
     if turn is not None:
         small = small.transpose(Image.Transpose(turn))
     output = BytesIO()
@@ -1423,7 +1422,7 @@ def prepare_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the image as trainers see it: transparent pixels in their hidden colour."""
-    # of 16 bits the high ones count; Pillow would cut the values off at 255
+    # of 16 bits the high byte; Pillow would make 255 of all that is larger
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -1439,14 +1438,13 @@ TAG_END = re.compile(r",\s*|\Z")
 
 def tidy_tags(text: str) -> str:
     """Return tags as trainers read them: lower case, each once, with spaces for underscores."""
-    tags = (" ".join(tag.strip(" .").split()) for tag in re.split(r"[,;，、\n]", text.lower()))
-    # as in sd-scripts: ^_^ is a face
-    plain = (tag.replace("_", " ") if len(tag) > 3 else tag for tag in tags if tag)
-    return ", ".join(dict.fromkeys(plain))
+    plain = text.lower().replace("_", " ")
+    tags = (" ".join(tag.strip(" .").split()) for tag in re.split(r"[,;，、\n]", plain))
+    return ", ".join(dict.fromkeys(filter(None, tags)))
 
 
 def cut_caption(text: str, style: str, most: float = math.inf) -> str:
-    """Return the whole sentences, or tags, of at most `most` words; blank where none is whole."""
+    """Return the whole sentences, or tags, in the first `most` words; blank where none is whole."""
     kept = ""
     for end in (TAG_END if style == "tags" else SENTENCE_END).finditer(text):
         start = text[: end.end()]
@@ -1463,14 +1461,14 @@ def find_excluded(text: str, exclude: Sequence[str]) -> list[str]:
 
 
 def find_opening(text: str, recipe: Recipe) -> re.Match[str] | None:
-    """Return the trigger that a text opens with, and what stands behind it as the group."""
+    """Find the trigger at the start of a text; the group is the punctuation behind it."""
     word = re.escape(recipe.trigger_word).replace("_", "[_ ]")
     spelt = r"\[ ?(?:trigger|name) ?\]" + (f"|{word}" if word else "")
     return re.match(rf"(?i)[\"“*]*(?:{spelt})(?!\w|['’]s\b)([\"”*\s,.:;–-]*)", text)
 
 
 def place_trigger(text: str, recipe: Recipe) -> str:
-    """Return a caption that opens with the trigger; blank where there was nothing else."""
+    """Return the text with the trigger in front, once; blank where there is nothing else."""
     # the model is not told the word, but the user's own prompt may have it
     opening, is_tags = find_opening(text, recipe), recipe.style == "tags"
     bare = text[opening.end() :] if opening else text
@@ -1478,13 +1476,13 @@ def place_trigger(text: str, recipe: Recipe) -> str:
         return bare[:1].upper() + bare[1:] if opening and not is_tags else bare
     if not is_tags and re.match("(?:An?|The|Two|Three) ", bare):
         bare = bare[0].lower() + bare[1:]
-    # "ohwx stands", but "ohwx, a man"; where ai-toolkit deletes its mark a comma would stay behind
+    # "ohwx stands", but "ohwx, a man"; no comma where ai-toolkit may delete its mark
     is_joined = recipe.trigger == TRAINERS_MARK or (opening and not opening[1].strip())
     return f"{recipe.trigger}{' ' if is_joined and not is_tags else ', '}{bare}"
 
 
 def finish_caption(answer: str, recipe: Recipe) -> tuple[str, tuple[str, ...]]:
-    """Return the caption that an answer comes to, and what is worth a look. Raises FailImage."""
+    """Return the caption made of an answer, and notes about it. Raises FailImage."""
     notes: list[str] = []
     text = answer
     if recipe.max_words and len(answer.split()) > recipe.max_words:
@@ -1525,8 +1523,8 @@ class Reply:
 
 
 def first_parameters(settings: Settings) -> Parameters:
-    """Return what a request carries beside the model and the message."""
-    # else each image is written to a prompt cache, at a higher price, that nobody will read:
+    """Return the parameters of a request, as long as the server rejects none."""
+    # else each image is written to a prompt cache, which costs more and which nobody reads:
     # https://developers.openai.com/api/docs/guides/prompt-caching
     is_new = re.match(r"gpt-(?:5\.[6-9]|[6-9]|\d\d)", settings.model)
     has_cache = is_new and is_openai(settings.base_url)
@@ -1560,7 +1558,7 @@ def build_request(model: str, prompt: str, parameters: Parameters, image: bytes)
     # some templates know no role but "user" (Gemma, Mistral), so there is no system message
     message = {"role": "user", "content": [{"type": "text", "text": prompt}, url]}
     body = json.dumps({"model": model, **parameters, "messages": [message]}).encode()
-    # the image is joined in: to dump it costs twice as much
+    # the image is joined in: dumping it takes twice as long
     head, mark, tail = body.rpartition(DATA_URL.encode())
     return b"".join((head, mark, image, tail))
 
@@ -1632,16 +1630,16 @@ def read_answer(body: Any) -> Reply | None:
 def parse_reply(
     status: int, text: str, headers: Mapping[str, str] = {}, now_s: float = 0.0
 ) -> Reply:
-    """Return what came back, whatever it is; `now_s` is the time as an epoch."""
+    """Return what came back, answer or error; `now_s` is the time as an epoch."""
     body = parse_body(text)
     named = dig(body, "choices", 0, "error") or dig(body, "error") or dig(body, 0, "error")
     answer = read_answer(body)
     if answer and not named and 200 <= status < 300:
         return answer
     # rules look at the first 4,000 characters
-    raw, usage = text[:4000], read_usage(dig(body, "usage") or dig(named, "usage"))
+    raw, usage = text[:4000], read_usage(dig(body, "usage"))
     words = describe_error(raw)
-    # a gateway that gave up waiting may stand before a model that did not
+    # a gateway may give up while the model goes on, and is billed
     is_free = not usage and (400 <= status < 502 or status == 503)
     code = str(dig(named, "code"))
     if status == 200 and code.isdecimal() and 400 <= int(code) < 600:
@@ -1691,7 +1689,7 @@ def read_wait(headers: Mapping[str, str], raw: str, error: Any, now_s: float) ->
 
 
 def read_limit(headers: Mapping[str, str], unit: str) -> tuple[float, float, float] | None:
-    """Return a server's limit of requests or tokens: all, what is left, seconds to all, or 0."""
+    """Return a limit: its size, what is left of it, the seconds until it is full, 0 if unsaid."""
     # https://platform.openai.com/docs/guides/rate-limits
     words = ("limit", "remaining", "reset")
     most, left, reset = (headers.get(f"x-ratelimit-{word}-{unit}", "") for word in words)
@@ -1700,10 +1698,10 @@ def read_limit(headers: Mapping[str, str], unit: str) -> tuple[float, float, flo
     return int(most), int(left), parse_duration(reset)
 
 
-ALWAYS, AT_FIRST = "always", "at first"  # the run ends; so too unless the server has answered
+ALWAYS, AT_FIRST = "always", "at first"  # the run ends; only if the server has not answered yet
 MONEY = "the account has no money left or is at its limit; see its billing page"
 KEY = "OPENAI_API_KEY: the server that OPENAI_BASE_URL names does not take this key"
-PLACE = "OPENAI_BASE_URL or GETCAP_MODEL: there is no such thing; the URL mostly ends in /v1"
+PLACE = "OPENAI_BASE_URL or GETCAP_MODEL: the server has no such thing; most URLs end in /v1"
 SMALLER = "lower GETCAP_MAX_SIDE, or give the server a larger context"
 BY_HAND = "caption it by hand or with another model"
 # "quota" and "billing" alone mean nothing: Gemini's limit a minute speaks of them too
@@ -1720,13 +1718,13 @@ TOO_LARGE = "usage size|patches|too large|too long|context size|context length|c
 # of OpenAI, Azure, DashScope, Volcengine, Gemini, xAI, Moonshot, DeepSeek, OpenRouter
 POLICY = (
     "content policy|content filter|content manag|content exists risk|usage polic|policyviolation"
-    "|guideline|inspection|inappropriate|sensitive word|sensitive content|sensitive info|moderat"
-    "|flagged as|flagged by|flagged for|safety|unsafe|nsfw"
+    "|guideline|inspection|inappropriate|sensitive word|sensitive content|sensitivecontent"
+    "|sensitive info|moderat|flagged as|flagged by|flagged for|safety|unsafe|nsfw"
     "|invalid prompt|high risk|prohibited content|敏感|不安全"
 )
 ERRORS = (
-    # how the status begins; phrases, with blanks for "_" and "-"; what they mean, or else why
-    # the image fails; what helps
+    # how the status may begin; phrases, with blanks for "_" and "-"; when the run ends, or else
+    # why the image fails; what helps
     ("0", "cannot connect", AT_FIRST, "OPENAI_BASE_URL: see that the server runs"),
     ("400 403 429", NO_MONEY, ALWAYS, MONEY),
     ("429", "per day|perday|daily|monthly", ALWAYS, "the limit of this account is used up"),
@@ -1736,8 +1734,7 @@ ERRORS = (
     ("200 400 403 404", "<html|<!doctype", AT_FIRST, f"{PLACE}; a web page came back"),
     ("400 404 422 5", NO_VISION, AT_FIRST, "GETCAP_MODEL: set a model that takes images"),
     ("400", "model not|valid model|invalid model|no models loaded", AT_FIRST, PLACE),
-    ("400 403 422 451", POLICY, "refused", BY_HAND),
-    ("5", "sensitivecontent|prohibited content", "refused", BY_HAND),
+    ("400 403 422 451 500", POLICY, "refused", BY_HAND),
     ("400", "api key", AT_FIRST, KEY),
     ("403", "", AT_FIRST, "OPENAI_API_KEY: this key may not do this, or not in this country"),
     ("404 405", "", AT_FIRST, PLACE),
@@ -1753,7 +1750,7 @@ def has_phrase(said: str, phrases: str) -> bool:
 
 
 def find_meaning(reply: Reply) -> tuple[str, str]:
-    """Return what an error means, blank where its status says it, and what helps."""
+    """Return what an error means, blank where only its status counts, and what helps."""
     said = f"{reply.raw} {reply.error}".lower().replace("_", " ").replace("-", " ")
     for statuses, phrases, meaning, advice in ERRORS:
         if str(reply.status).startswith(tuple(statuses.split())) and has_phrase(said, phrases):
@@ -1767,7 +1764,7 @@ def is_answered(reply: Reply) -> bool:
 
 
 def is_rejected(reply: Reply) -> bool:
-    """Return whether the server takes no such request, and nothing else explains that."""
+    """Return whether the server rejects the request for no reason that we know."""
     return reply.status in {400, 422} and not find_meaning(reply)[0]
 
 
@@ -1775,12 +1772,11 @@ def judge_error(reply: Reply, *, has_answered: bool = True) -> StopRun | FailIma
     """Return what an error means: the end of the run, of this image, or another try."""
     status, wait_s = reply.status, reply.retry_after_s
     meaning, advice = find_meaning(reply)
-    is_end = meaning == ALWAYS or (meaning == AT_FIRST and not has_answered)
-    if is_end or wait_s > LONGEST_WAIT_S:
+    if meaning == AT_FIRST:
+        meaning, advice = ("", "") if has_answered else (ALWAYS, advice)
+    if meaning == ALWAYS or wait_s > LONGEST_WAIT_S:
         shown = f"{reply.error} (HTTP {status})" if status else reply.error
         return StopRun(f"{advice}: {shown}" if advice else shown)
-    if meaning == AT_FIRST:
-        meaning = advice = ""
     words = f"{reply.error}; {advice}" if advice else reply.error
     if meaning:
         return FailImage(meaning, words)
@@ -1904,7 +1900,7 @@ ADVICE = {  # what helps against each reason
 
 def find_fault(text: str) -> str:
     """Return why a text is no caption, one of ADVICE; blank for a caption."""
-    end = text[-1000:].encode()  # who says the same over and over leaves little to compress
+    end = text[-1000:].encode()  # what repeats itself compresses well
     # a window of 1 KB is set up four times as fast as the usual one
     if len(end) > LOOP_RATIO * len(zlib.compress(end, wbits=10)):
         return "looping"
@@ -1934,7 +1930,6 @@ def judge_reply(reply: Reply, style: str = "prose", *, has_answered: bool = True
         reason = "reasoning only"
     reason = reason or find_fault(text)
     if not reason and has_phrase(finish, CUT_OFF):
-        # what is whole of it serves
         text = text.rpartition(",")[0] if style == "tags" else cut_caption(text, style)
         reason = "" if text else "cut off"
     if not reason:
@@ -1947,9 +1942,9 @@ def judge_reply(reply: Reply, style: str = "prose", *, has_answered: bool = True
 
 # -------------------------------------------------------------------------------------------- Money
 
-# What an image takes: so many tokens for 32 x 32 pixels, up to so many; the first row that fits
-# the model's name counts. Models that count tiles are put down at the four of 1024 pixels.
-# https://developers.openai.com/api/docs/guides/images-vision; what was billed where it disagrees.
+# The first row that fits the model's name: tokens for 32 x 32 pixels, and the most for an image.
+# Some models count tiles: they are put down at four, as for 1024 x 1024.
+# https://developers.openai.com/api/docs/guides/images-vision; where bills disagree, as billed.
 TOKENS_AN_IMAGE = (
     (r"gpt-4o-mini", math.inf, 25_501),
     (r"gpt-4\.1-mini", 1.62, 2488),
@@ -1972,7 +1967,7 @@ def image_tokens(model: str, size: Size) -> int:
 
 def text_tokens(text: str) -> int:
     """Return about how many tokens a prompt is."""
-    return len(text.encode()) // 4 + 12  # in English; and a message's frame
+    return len(text.encode()) // 4 + 12  # as in English, and for the message around it
 
 
 def estimate(settings: Settings, prompt: str, size: Size) -> Usage:
@@ -2020,7 +2015,7 @@ def show_dollars(amount: float) -> str:
 
 
 def describe_cost(settings: Settings, images: int, usage: Usage) -> str:
-    """Return what a run is thought to cost."""
+    """Return what a run will cost, about."""
     said = f"{usage.prompt + usage.answer:,} tokens for {images:,} images with {settings.model}"
     if settings.local:
         return f"{said}: no cost but this machine's time"
@@ -2032,7 +2027,7 @@ def describe_cost(settings: Settings, images: int, usage: Usage) -> str:
 
 
 class Bill:
-    """What the answers of a run cost, and those on their way may cost."""
+    """What the answers of a run cost, and what requests on their way may cost."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -2041,7 +2036,7 @@ class Bill:
         self.spent = 0.0  # with answers that were lost or not counted, at their worst
         self.lost = 0  # such answers
         self._held = 0.0  # for requests on their way
-        self._dearest = 0.0  # of all answers: counts and tiers may be other than thought
+        self._dearest = 0.0  # answer so far: counts and tiers may differ from the estimate
 
     @property
     def has_price(self) -> bool:
@@ -2096,15 +2091,15 @@ class Bill:
 
 # ----------------------------------------------------------------------------------------- Throttle
 
-LONGEST_NAP_S = 1.0  # who waits looks again: an answer may have changed what there is to wait for
+LONGEST_NAP_S = 1.0  # then look again: an answer may have changed the limits
 LONG_WAIT_S = 60.0  # a wait that a user wonders about
-RESERVE_S = 0.1  # of a limit's refill stays in it: requests do not arrive in the order they leave
-SLOWER, FASTER = 1.1, 0.98  # times the interval, after a pause and after a good answer
-DUST_S = 1e-6
+RESERVE_S = 0.1  # of refill is kept back: requests overtake each other
+SLOWER, FASTER = 1.1, 0.98  # times the interval: after a pause, after a good answer
+DUST_S = 1e-6  # a rounding error
 
 
 class Stop:
-    """Whether and why the run ends early. Who waits is woken and gives up."""
+    """Whether and why the run ends early. It wakes all who wait."""
 
     def __init__(self) -> None:
         self.cause: StopRun | signal.Signals | None = None
@@ -2112,7 +2107,7 @@ class Stop:
 
     @functools.cached_property
     def _event(self) -> Event:
-        import asyncio  # where nothing is to be done, this takes longer than all else
+        import asyncio  # slow, and not needed where there is nothing to do
 
         return asyncio.Event()
 
@@ -2144,9 +2139,9 @@ class Stop:
 
 
 class Bucket:
-    """What a server still takes, of requests or tokens: its word, less what was sent since.
+    """How many requests or tokens a server still takes: as it said, less what was sent since.
 
-    It fills steadily, and is without limit until the server speaks.
+    It fills steadily. Until the server names a limit, there is none.
     """
 
     def __init__(self) -> None:
@@ -2170,7 +2165,7 @@ class Bucket:
         self._level -= cost
 
     def learn(self, limit: tuple[float, float, float], taken: float, now: float) -> None:
-        """Believe an answer, but for what was sent since its request left."""
+        """Take over the limit that an answer shows, less what was sent after its request."""
         most, left, reset_s = limit
         # whatever the limit's period, the missing part comes back in the time to reset
         if reset_s and most - left >= min(10, most / 2):
@@ -2199,7 +2194,7 @@ class Throttle:
         self._cap_s = 1 / rate if rate else 0.0  # between two requests
         self._interval_s = 0.0  # the same, after 429s of a server that says nothing of its limits
         self._requests, self._tokens = Bucket(), Bucket()
-        self._tokens_each = 0.0  # of a request, as the answers so far say
+        self._tokens_each = 0.0  # of a request, on average
         self._sent_at = 0.0
         self._good: deque[float] = deque(maxlen=100)  # when the last good answers came
         self.failures = 0  # requests without a good answer, in a row
@@ -2232,21 +2227,18 @@ class Throttle:
             tokens = usage.prompt + usage.answer
             self._tokens_each += (tokens - self._tokens_each) * (0.1 if self._tokens_each else 1)
             self._tokens.take(tokens - ticket.tokens)
-        has_limits = False
-        buckets = (self._requests, "requests"), (self._tokens, "tokens")
-        for (bucket, unit), taken in zip(buckets, ticket.taken, strict=True):
-            if limit := read_limit(headers, unit):
+        buckets = self._requests, self._tokens
+        limits = [read_limit(headers, unit) for unit in ("requests", "tokens")]
+        for bucket, limit, taken in zip(buckets, limits, ticket.taken, strict=True):
+            if limit:
                 bucket.learn(limit, taken, now)
-                has_limits = True
-        # flex without room is no limit of ours:
-        # https://developers.openai.com/api/docs/guides/flex-processing
-        if reply.status == 429 and not has_limits and "resource_unavailable" not in reply.raw:
+        if reply.status == 429 and not any(limits):
             self._slow_down(ticket, reply.retry_after_s)
 
     def _slow_down(self, ticket: Ticket, retry_after_s: float) -> None:
-        """Pause all workers on the second 429 in a row; the first slows only its own request.
+        """Pause all workers at the second 429 in a row; the first slows its own request.
 
-        A request that was sent before the first 429 came met the same limit, and is no second.
+        What was sent before the first one came met the same limit.
         """
         if ticket.sent_at >= self._first_429_at:
             self._not_before = max(self._not_before, self._now() + retry_after_s)
@@ -2264,9 +2256,8 @@ class Throttle:
         )
         if wait_s > LONG_WAIT_S and now > self._said_until:
             self._said_until = now + wait_s
-            log.warning(
-                "The limits leave no room for %.0f s. Waiting; Ctrl-C loses nothing.", wait_s
-            )
+            said = "The limits leave no room for %.0f s. Waiting; Ctrl-C loses nothing."
+            log.warning(said, wait_s)
         return wait_s
 
 
@@ -2288,7 +2279,7 @@ def open_connection(settings: Settings) -> Connection:
     """Return a way to the server. Raises StopRun where HTTPS_PROXY or the like is wrong."""
     from openai import AsyncOpenAI, DefaultAioHttpClient, Timeout
 
-    # requests leave no cycles behind; to look for some took a tenth of all CPU time
+    # requests leave no cycles behind; looking for some took a tenth of all CPU time
     gc.set_threshold(20_000, 50, 50)
     try:
         is_here = settings.base_url.startswith("http:") and is_this_machine(settings.base_url)
@@ -2311,7 +2302,7 @@ def open_connection(settings: Settings) -> Connection:
 def hide_key(reply: Reply, settings: Settings) -> Reply:
     """Return a reply without the key, which some servers repeat."""
     key = settings.api_key
-    if len(key) < 6 or key.isalpha():  # "ollama" is no secret, and a word
+    if len(key) < 6 or key.isalpha():  # "ollama" is a word, and no secret
         return reply
     names = ("content", "error", "raw")
     texts = {name: getattr(reply, name).replace(key, "[key]") for name in names}
@@ -2326,7 +2317,7 @@ def read_response(response: Response, settings: Settings) -> Reply:
 
 
 def describe_failure(error: Exception, settings: Settings) -> Reply:
-    """Return what went wrong with a request; raises again what is of another kind."""
+    """Return what went wrong with a request. Raises the error if it is of no known kind."""
     import aiohttp
     import httpx2
     import openai
@@ -2358,22 +2349,22 @@ def keep_trying(settings: Settings, stop: Stop, throttle: Throttle) -> AsyncRetr
     factor, retries = settings.throttle_backoff_factor, settings.throttle_retries
     spread = tenacity.wait_random(0, factor / 2)  # so that the workers do not come back as a herd
 
-    def failure(state: RetryCallState) -> Any:
-        return state.outcome and state.outcome.exception()
+    def may_pass(error: BaseException) -> bool:
+        return isinstance(error, FailImage) and error.retry_after_s is not None
 
     def wait(state: RetryCallState) -> float:
-        asked_s: float = failure(state).retry_after_s
+        error: Any = state.outcome and state.outcome.exception()
         step = min(state.attempt_number, throttle.failures or 1)
         backoff_s = min(LONGEST_BACKOFF_S, factor / 2 * max(1.0, factor) ** (step - 1))
-        return max(asked_s, backoff_s + spread(state))
+        return max(float(error.retry_after_s), backoff_s + spread(state))
 
     def log_wait(state: RetryCallState) -> None:
-        path, number, pause_s = state.args[0].job.image, state.attempt_number, state.upcoming_sleep
+        path, error = state.args[0].job.image, state.outcome and state.outcome.exception()
         said = "%s: %s; retry %d of %d in %.1f s"
-        log.warning(said, path, failure(state), number, retries, pause_s)
+        log.warning(said, path, error, state.attempt_number, retries, state.upcoming_sleep)
 
     return tenacity.AsyncRetrying(
-        retry=lambda state: getattr(failure(state), "retry_after_s", None) is not None,
+        retry=tenacity.retry_if_exception(may_pass),
         wait=wait,
         stop=tenacity.stop_after_attempt(retries + 1),
         sleep=stop.sleep,
@@ -2396,7 +2387,7 @@ class Question:
 
 
 class Asker:
-    """Asks for captions, for all workers: what one answer taught counts for all.
+    """Asks for captions, for all workers: what one answer teaches counts for all.
 
     `has_answered` says that key, model and address are right; `is_settled`, that the parameters
     are.

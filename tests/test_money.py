@@ -186,7 +186,7 @@ MAY_BE_BILLED = {
     "not counted": {"usage": None},
     "late and counted": {"body": {"error": {"message": "late", "code": 500}, "usage": ANSWERED}},
     "HTTP 503 and counted": {"status": 503, "body": {"error": "late", "usage": ANSWERED}},
-    "HTTP 429 and counted": {"status": 429, "body": {"error": {"usage": ANSWERED}}},
+    "HTTP 429 and counted": {"status": 429, "body": {"error": "late", "usage": ANSWERED}},
     "HTTP 504": {"status": 504, "body": "the gateway gave up"},
 }
 
@@ -345,19 +345,6 @@ def test_flex_is_asked_for(tool: Tool, server: Server, images: Images) -> None:
     images(2)
     tool("--image-dir", "images", code=0, GETCAP_SERVICE_TIER="flex")
     assert [body["service_tier"] for body in server.stats()["bodies"]] == ["flex"] * 2
-
-
-def test_flex_without_room_waits_and_slows_nobody_down(
-    tool: Tool, server: Server, images: Images
-) -> None:
-    images(4)
-    error = {"message": "no room", "code": "resource_unavailable"}
-    full = {"status": 429, "headers": {"Retry-After": "2"}, "body": {"error": error}}
-    server.script(steps=[{}, full, full], latency=0.1)
-    err = tool(*PRICED, "--thread-pool", "3", GETCAP_SERVICE_TIER="flex").stderr
-    assert err.count("no room; retry 1 of 10") == 2
-    assert "$0.0005" in err  # four answers, nothing for the two
-    assert len(captions(tool.folder / "images")) == 4
 
 
 def test_an_image_that_was_not_counted_is_warned_about_once(
