@@ -1231,11 +1231,11 @@ def read_recipe(settings: Settings) -> Recipe:
 
 JPEG_QUALITY = 90
 LEAST_SIDE = 32  # Qwen-VL servers fail on less: https://github.com/ollama/ollama/issues/13113
-MOST_PIXELS = 90_000_000  # to hold in memory; a JPEG may have twice as many, as it is shrunk early
-# read by content; nothing that runs another program (EPS does), no video
+MOST_PIXELS = 90_000_000  # they must fit in memory; a JPEG may have twice as many: it shrinks early
+# no video, and no EPS, which runs another program
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 ORIENTATION = 0x0112  # of EXIF
-# Image.Transpose by EXIF orientation; ImageOps.exif_transpose also fails on broken neighbours
+# EXIF orientation: Image.Transpose; ImageOps.exif_transpose fails where another tag is broken
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 Size = tuple[int, int]
 
@@ -1245,8 +1245,8 @@ def load_pillow() -> None:
     from PIL import Image, PngImagePlugin
 
     Image.init()
-    Image.MAX_IMAGE_PIXELS = None  # open_image has the limit
-    PngImagePlugin.MAX_TEXT_CHUNK = LARGEST_FILE  # profiles and prompts of over 1 MB are fine
+    Image.MAX_IMAGE_PIXELS = None  # open_image has its own limit
+    PngImagePlugin.MAX_TEXT_CHUNK = LARGEST_FILE  # profiles and prompts may be over 1 MB
     PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_FILE
     warnings.filterwarnings("ignore", module=r"PIL\.")  # this file judges what Pillow warns about
     with contextlib.suppress(ImportError):
@@ -1264,7 +1264,7 @@ def count_processors() -> int:
 
 @contextlib.contextmanager
 def name_damage() -> Iterator[None]:
-    """Turn whatever a decoder stumbles over into a FailImage."""
+    """Raise a FailImage for any error of a decoder."""
     try:
         yield
     except FailImage:
@@ -1299,30 +1299,24 @@ def read_orientation(image: Image.Image) -> int:
         return 1
 
 
-def fit(size: Size, side: int) -> Size:
-    """Return a size shrunk to at most `side` on its longest side."""
-    scale = min(1.0, side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def widen(size: Size) -> Size:
-    """Return a size stretched to what models take at least."""
-    return max(LEAST_SIDE, size[0]), max(LEAST_SIDE, size[1])
+def fit(size: Size, max_side: int) -> Size:
+    """Return a size shrunk to its longest side, but with no side below LEAST_SIDE."""
+    scale = min(1.0, max_side / max(size))
+    width, height = (max(LEAST_SIDE, round(side * scale)) for side in size)
+    return width, height
 
 
 @name_damage()
 def measure_image(file: IO[bytes], max_side: int) -> Size:
     """Return about the size that an image will be sent in. Raises FailImage."""
-    return widen(fit(open_image(file).size, max_side))
+    return fit(open_image(file).size, max_side)
 
 
 def is_ready(image: ImageFile.ImageFile, data: bytes, max_side: int) -> bool:
-    """Return whether a file is an upright RGB JPEG that fits, with its end in place."""
+    """Return whether a file is an upright RGB JPEG that fits and is not cut short."""
     is_plain = (image.format, image.mode, read_orientation(image)) == ("JPEG", "RGB", 1)
-    if not is_plain or max(image.size) > max_side or min(image.size) < LEAST_SIDE:
-        return False
-    start = image.fp.tell() if image.fp else 0
-    return data.rfind(b"\xff\xd9", max(start, len(data) - 1024)) != -1
+    end = data[-1024:]  # phones write more behind the end mark
+    return is_plain and fit(image.size, max_side) == image.size and b"\xff\xd9" in end
 
 
 @name_damage()
@@ -1333,17 +1327,15 @@ def prepare_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
     image = open_image(BytesIO(data))
     if is_ready(image, data, max_side):
         return data, image.size
-    # a JPEG is decoded at the least of 1/2, 1/4, 1/8 that is at most 1/32 too small: 4032 x 3024
+    # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is at most 1/32 too small: 4032 x 3024
     # becomes 1008 x 756, as many patches of 32 pixels as 1024 x 768 (benchmarks/README.md)
     image.draft("RGB", fit(image.size, max_side - max_side // 32))
-    image.decodermaxblock = len(data)  # all at once: between blocks it waits for other threads
-    image.load()  # TIFF turns itself upright here, and forgets its orientation
+    image.decodermaxblock = len(data)  # in one block: after each, it waits for other threads
+    image.load()  # a TIFF turns itself upright here and forgets its orientation
     turn = TURNS.get(read_orientation(image))
-    small = to_rgb(image)
-    # nearer to a full LANCZOS than Pillow's default, and quicker where nothing was drafted
-    small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=1.5)
-    if min(small.size) < LEAST_SIDE:
-        small = small.resize(widen(small.size))
+    # a gap of 1.5 looks like none, and is quicker where nothing was drafted
+    size = fit(image.size, max_side)
+    small = to_rgb(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=1.5)
     if turn is not None:
         small = small.transpose(Image.Transpose(turn))
     output = BytesIO()
@@ -1353,7 +1345,7 @@ def prepare_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the image as trainers see it: transparent pixels in their hidden colour."""
-    # of 16 bits the high ones count; Pillow would cut the values off at 255
+    # of 16 bits the high byte; Pillow would make 255 of all that is larger
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -1369,14 +1361,13 @@ TAG_END = re.compile(r",\s*|\Z")
 
 def tidy_tags(text: str) -> str:
     """Return tags as trainers read them: lower case, each once, with spaces for underscores."""
-    tags = (" ".join(tag.strip(" .").split()) for tag in re.split(r"[,;，、\n]", text.lower()))
-    # as in sd-scripts: ^_^ is a face
-    plain = (tag.replace("_", " ") if len(tag) > 3 else tag for tag in tags if tag)
-    return ", ".join(dict.fromkeys(plain))
+    plain = text.lower().replace("_", " ")
+    tags = (" ".join(tag.strip(" .").split()) for tag in re.split(r"[,;，、\n]", plain))
+    return ", ".join(dict.fromkeys(filter(None, tags)))
 
 
 def cut_caption(text: str, style: str, most: float = math.inf) -> str:
-    """Return the whole sentences, or tags, of at most `most` words; blank where none is whole."""
+    """Return the whole sentences, or tags, in the first `most` words; blank where none is whole."""
     kept = ""
     for end in (TAG_END if style == "tags" else SENTENCE_END).finditer(text):
         start = text[: end.end()]
@@ -1393,14 +1384,14 @@ def find_excluded(text: str, exclude: Sequence[str]) -> list[str]:
 
 
 def find_opening(text: str, recipe: Recipe) -> re.Match[str] | None:
-    """Return the trigger that a text opens with, and what stands behind it as the group."""
+    """Find the trigger at the start of a text; the group is the punctuation behind it."""
     word = re.escape(recipe.trigger_word).replace("_", "[_ ]")
     spelt = r"\[ ?(?:trigger|name) ?\]" + (f"|{word}" if word else "")
     return re.match(rf"(?i)[\"“*]*(?:{spelt})(?!\w|['’]s\b)([\"”*\s,.:;–-]*)", text)
 
 
 def place_trigger(text: str, recipe: Recipe) -> str:
-    """Return a caption that opens with the trigger; blank where there was nothing else."""
+    """Return the text with the trigger in front, once; blank where there is nothing else."""
     # the model is not told the word, but the user's own prompt may have it
     opening, is_tags = find_opening(text, recipe), recipe.style == "tags"
     bare = text[opening.end() :] if opening else text
@@ -1408,13 +1399,13 @@ def place_trigger(text: str, recipe: Recipe) -> str:
         return bare[:1].upper() + bare[1:] if opening and not is_tags else bare
     if not is_tags and re.match("(?:An?|The|Two|Three) ", bare):
         bare = bare[0].lower() + bare[1:]
-    # "ohwx stands", but "ohwx, a man"; where ai-toolkit deletes its mark a comma would stay behind
+    # "ohwx stands", but "ohwx, a man"; no comma where ai-toolkit may delete its mark
     is_joined = recipe.trigger == TRAINERS_MARK or (opening and not opening[1].strip())
     return f"{recipe.trigger}{' ' if is_joined and not is_tags else ', '}{bare}"
 
 
 def finish_caption(answer: str, recipe: Recipe) -> tuple[str, tuple[str, ...]]:
-    """Return the caption that an answer comes to, and what is worth a look. Raises FailImage."""
+    """Return the caption made of an answer, and notes about it. Raises FailImage."""
     notes: list[str] = []
     text = answer
     if recipe.max_words and len(answer.split()) > recipe.max_words:
@@ -1434,7 +1425,6 @@ DATA_URL = "data:image/jpeg;base64,"
 NEWER_LIMIT, OLDER_LIMIT = "max_completion_tokens", "max_tokens"  # OpenAI's name, and others'
 OUR_DEFAULTS = {"reasoning_effort", "prompt_cache_options"}  # unless the user sets them
 LONGEST_WAIT_S = 600.0  # a server that asks for more ends the run
-LONGEST_SAID_S = 30 * 86_400.0  # more is no time to wait
 
 Parameters = dict[str, Any]
 
@@ -1446,7 +1436,6 @@ class Reply:
     status: int = 200  # 0: nothing came back
     content: str = ""
     finish_reason: str = ""
-    refusal: str = ""
     has_reasoning: bool = False
     usage: Usage | None = None  # None: the server did not count
     tier: str = ""  # the service tier that it was billed as
@@ -1457,8 +1446,8 @@ class Reply:
 
 
 def first_parameters(settings: Settings) -> Parameters:
-    """Return what a request carries beside the model and the message."""
-    # else each image is written to a prompt cache, at a higher price, that nobody will read:
+    """Return the parameters of a request, as long as the server rejects none."""
+    # else each image is written to a prompt cache, which costs more and which nobody reads:
     # https://developers.openai.com/api/docs/guides/prompt-caching
     is_new = re.match(r"gpt-(?:5\.[6-9]|[6-9]|\d\d)", settings.model)
     has_cache = is_new and is_openai(settings.base_url)
@@ -1492,7 +1481,7 @@ def build_request(model: str, prompt: str, parameters: Parameters, image: bytes)
     # some templates know no role but "user" (Gemma, Mistral), so there is no system message
     message = {"role": "user", "content": [{"type": "text", "text": prompt}, url]}
     body = json.dumps({"model": model, **parameters, "messages": [message]}).encode()
-    # the image is joined in: to dump it costs twice as much
+    # the image is joined in: dumping it takes twice as long
     head, mark, tail = body.rpartition(DATA_URL.encode())
     return b"".join((head, mark, image, tail))
 
@@ -1507,14 +1496,14 @@ def dig(found: Any, *path: str | int) -> Any:
 
 
 def read_usage(found: Any) -> Usage | None:
-    """Return the tokens that a server counts, None unless they can be."""
+    """Return the tokens that a server counts, None where the counts are missing or absurd."""
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     prompt, answer, total = (dig(found, name) for name in names)
     for count in (prompt, answer):
         if not isinstance(count, int | float) or not 0 <= count < 10**9:
             return None
     if isinstance(total, int | float) and total < 10**9:
-        answer = max(answer, total - prompt)  # some leave thoughts out here, and bill them
+        answer = max(answer, total - prompt)  # some bill thoughts and count them only here
     return Usage(int(prompt), int(answer)) if prompt else None
 
 
@@ -1522,24 +1511,20 @@ def parse_body(text: str) -> Any:
     """Return the JSON of a body, None when there is none."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    # some servers stream though nobody asked: their events come to one completion
-    events: list[Any] = []
+    # some servers stream though nobody asked: join the events to one completion
+    content, finish, error, usage = "", None, None, None
     for line in text.split("\n"):
         with contextlib.suppress(ValueError, RecursionError):
-            events.append(json.loads(line.removeprefix("data:")))
-
-    def last(*path: str | int) -> Any:
-        return next(filter(None, (dig(event, *path) for event in reversed(events))), None)
-
-    message: dict[str, str] = {}
-    for name in ("content", "reasoning", "reasoning_content"):
-        parts = (dig(event, "choices", 0, "delta", name) for event in events)
-        message[name] = "".join(part for part in parts if isinstance(part, str))
-    finish, error = last("choices", 0, "finish_reason"), last("error")
+            event = json.loads(line.removeprefix("data:"))
+            delta = dig(event, "choices", 0, "delta", "content")
+            content += delta if isinstance(delta, str) else ""
+            finish = dig(event, "choices", 0, "finish_reason") or finish
+            error = dig(event, "error") or error
+            usage = dig(event, "usage") or usage
     if not finish and not error:  # cut short
         return None
-    choice = {"message": message, "finish_reason": finish}
-    return {"choices": [choice], "error": error, "usage": last("usage")}
+    choice = {"message": {"content": content}, "finish_reason": finish}
+    return {"choices": [choice], "error": error, "usage": usage}
 
 
 def read_answer(body: Any) -> Reply | None:
@@ -1547,19 +1532,18 @@ def read_answer(body: Any) -> Reply | None:
     message, finish = dig(body, "choices", 0, "message"), dig(body, "choices", 0, "finish_reason")
     if not isinstance(message, dict) and not finish:
         return None
-    content = dig(message, "content")
+    content, refusal = dig(message, "content"), dig(message, "refusal")
     # some answer in parts: thoughts, then text
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [dig(part, "text") for part in parts if dig(part, "type") in ("text", "output_text")]
+    texts = [dig(part, "text") for part in parts if dig(part, "type") == "text"]
     thoughts = (  # Ollama and vLLM; LM Studio and llama.cpp; OpenAI
         dig(message, "reasoning")
         or dig(message, "reasoning_content")
         or dig(body, "usage", "completion_tokens_details", "reasoning_tokens")
     )
     return Reply(
-        content="".join(text for text in texts if isinstance(text, str)),
-        finish_reason=str(finish or ""),
-        refusal=str(dig(message, "refusal") or ""),
+        content=str(refusal or "".join(text for text in texts if isinstance(text, str))),
+        finish_reason="refusal" if refusal else str(finish or ""),
         has_reasoning=bool(thoughts) or len(texts) < len(parts),
         usage=read_usage(dig(body, "usage")),
         tier=str(dig(body, "service_tier") or "")[:40],
@@ -1569,21 +1553,21 @@ def read_answer(body: Any) -> Reply | None:
 def parse_reply(
     status: int, text: str, headers: Mapping[str, str] = {}, now_s: float = 0.0
 ) -> Reply:
-    """Return what came back, whatever it is; `now_s` is the time as an epoch."""
+    """Return what came back, answer or error; `now_s` is the time as an epoch."""
     body = parse_body(text)
     named = dig(body, "choices", 0, "error") or dig(body, "error") or dig(body, 0, "error")
     answer = read_answer(body)
     if answer and not named and 200 <= status < 300:
         return answer
     # rules look at the first 4,000 characters
-    raw, usage = text[:4000], read_usage(dig(body, "usage") or dig(named, "usage"))
+    raw, usage = text[:4000], read_usage(dig(body, "usage"))
     words = describe_error(raw)
-    # a gateway that gave up waiting may stand before a model that did not
+    # a gateway may give up while the model goes on, and is billed
     is_free = not usage and (400 <= status < 502 or status == 503)
     code = str(dig(named, "code"))
     if status == 200 and code.isdecimal() and 400 <= int(code) < 600:
         status = int(code)  # OpenRouter's late errors come under HTTP 200
-    wait_s = min(LONGEST_SAID_S, read_wait(headers, raw, named, now_s))
+    wait_s = read_wait(headers, raw, named, now_s)
     if now_s and wait_s > 60:
         end = datetime.fromtimestamp(now_s + wait_s, UTC).astimezone()
         words += f"; it asks to wait until {end:%d %B %H:%M}"
@@ -1603,9 +1587,11 @@ def describe_error(raw: str) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of "7", "12ms", "6m0s" or "2 minutes"; 0 for anything else."""
-    parts = re.findall(r"(\d+(?:\.\d+)?) ?(ms|[hms]?)", text) if text[:1].isdecimal() else []
+    """Return the seconds of "7", "12ms", "6m0s" or "2 minutes"; 0 for dates and epochs."""
+    if not re.match(r"\d{1,7}(?!\d)", text):
+        return 0.0
     scale = {"h": 3600.0, "m": 60.0, "ms": 0.001}
+    parts = re.findall(r"(\d{1,7}(?:\.\d+)?) ?(ms|[hms]?)", text)
     return sum(float(number) * scale.get(unit, 1.0) for number, unit in parts)
 
 
@@ -1615,11 +1601,9 @@ WAIT = r"(?i)(?:retry.?(?:delay|after|in)|(?:try again|resets?) (?:in|after))\W{
 
 def read_wait(headers: Mapping[str, str], raw: str, error: Any, now_s: float) -> float:
     """Return the seconds that a server asks to wait, wherever it says so, else 0."""
-    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        if wait_s := parse_duration(headers.get(name, "")):
-            return wait_s * scale
-    if said := re.search(WAIT, raw):
-        return parse_duration(said[1])
+    for said in (headers.get("retry-after", ""), *re.findall(WAIT, raw)):
+        if wait_s := parse_duration(said):
+            return wait_s
     # OpenRouter's is the time when the limit ends, in milliseconds
     reset = str(dig(error, "metadata", "headers", "X-RateLimit-Reset"))
     if now_s and reset.isdecimal():
@@ -1628,20 +1612,19 @@ def read_wait(headers: Mapping[str, str], raw: str, error: Any, now_s: float) ->
 
 
 def read_limit(headers: Mapping[str, str], unit: str) -> tuple[float, float, float] | None:
-    """Return a server's limit of requests or tokens: all, what is left, seconds to all, or 0."""
+    """Return a limit: its size, what is left of it, the seconds until it is full, 0 if unsaid."""
     # https://platform.openai.com/docs/guides/rate-limits
     words = ("limit", "remaining", "reset")
     most, left, reset = (headers.get(f"x-ratelimit-{word}-{unit}", "") for word in words)
     if not (re.fullmatch(r"[1-9]\d{0,14}", most) and re.fullmatch(r"\d{1,15}", left)):
         return None
-    reset_s = parse_duration(reset)
-    return int(most), int(left), reset_s if reset_s < LONGEST_SAID_S else 0.0  # it is an epoch
+    return int(most), int(left), parse_duration(reset)
 
 
-ALWAYS, AT_FIRST = "always", "at first"  # the run ends; so too unless the server has answered
+ALWAYS, AT_FIRST = "always", "at first"  # the run ends; only if the server has not answered yet
 MONEY = "the account has no money left or is at its limit; see its billing page"
 KEY = "OPENAI_API_KEY: the server that OPENAI_BASE_URL names does not take this key"
-PLACE = "OPENAI_BASE_URL or GETCAP_MODEL: there is no such thing; the URL mostly ends in /v1"
+PLACE = "OPENAI_BASE_URL or GETCAP_MODEL: the server has no such thing; most URLs end in /v1"
 SMALLER = "lower GETCAP_MAX_SIDE, or give the server a larger context"
 BY_HAND = "caption it by hand or with another model"
 # "quota" and "billing" alone mean nothing: Gemini's limit a minute speaks of them too
@@ -1658,13 +1641,13 @@ TOO_LARGE = "usage size|patches|too large|too long|context size|context length|c
 # of OpenAI, Azure, DashScope, Volcengine, Gemini, xAI, Moonshot, DeepSeek, OpenRouter
 POLICY = (
     "content policy|content filter|content manag|content exists risk|usage polic|policyviolation"
-    "|guideline|inspection|inappropriate|sensitive word|sensitive content|sensitive info|moderat"
-    "|flagged as|flagged by|flagged for|safety|unsafe|nsfw"
+    "|guideline|inspection|inappropriate|sensitive word|sensitive content|sensitivecontent"
+    "|sensitive info|moderat|flagged as|flagged by|flagged for|safety|unsafe|nsfw"
     "|invalid prompt|high risk|prohibited content|敏感|不安全"
 )
 ERRORS = (
-    # how the status begins; phrases, with blanks for "_" and "-"; what they mean, or else why
-    # the image fails; what helps
+    # how the status may begin; phrases, with blanks for "_" and "-"; when the run ends, or else
+    # why the image fails; what helps
     ("0", "cannot connect", AT_FIRST, "OPENAI_BASE_URL: see that the server runs"),
     ("400 403 429", NO_MONEY, ALWAYS, MONEY),
     ("429", "per day|perday|daily|monthly", ALWAYS, "the limit of this account is used up"),
@@ -1674,8 +1657,7 @@ ERRORS = (
     ("200 400 403 404", "<html|<!doctype", AT_FIRST, f"{PLACE}; a web page came back"),
     ("400 404 422 5", NO_VISION, AT_FIRST, "GETCAP_MODEL: set a model that takes images"),
     ("400", "model not|valid model|invalid model|no models loaded", AT_FIRST, PLACE),
-    ("400 403 422 451", POLICY, "refused", BY_HAND),
-    ("5", "sensitivecontent|prohibited content", "refused", BY_HAND),
+    ("400 403 422 451 500", POLICY, "refused", BY_HAND),
     ("400", "api key", AT_FIRST, KEY),
     ("403", "", AT_FIRST, "OPENAI_API_KEY: this key may not do this, or not in this country"),
     ("404 405", "", AT_FIRST, PLACE),
@@ -1691,7 +1673,7 @@ def has_phrase(said: str, phrases: str) -> bool:
 
 
 def find_meaning(reply: Reply) -> tuple[str, str]:
-    """Return what an error means, blank where its status says it, and what helps."""
+    """Return what an error means, blank where only its status counts, and what helps."""
     said = f"{reply.raw} {reply.error}".lower().replace("_", " ").replace("-", " ")
     for statuses, phrases, meaning, advice in ERRORS:
         if str(reply.status).startswith(tuple(statuses.split())) and has_phrase(said, phrases):
@@ -1705,7 +1687,7 @@ def is_answered(reply: Reply) -> bool:
 
 
 def is_rejected(reply: Reply) -> bool:
-    """Return whether the server takes no such request, and nothing else explains that."""
+    """Return whether the server rejects the request for no reason that we know."""
     return reply.status in {400, 422} and not find_meaning(reply)[0]
 
 
@@ -1713,12 +1695,11 @@ def judge_error(reply: Reply, *, has_answered: bool = True) -> StopRun | FailIma
     """Return what an error means: the end of the run, of this image, or another try."""
     status, wait_s = reply.status, reply.retry_after_s
     meaning, advice = find_meaning(reply)
-    is_end = meaning == ALWAYS or (meaning == AT_FIRST and not has_answered)
-    if is_end or wait_s > LONGEST_WAIT_S:
+    if meaning == AT_FIRST:
+        meaning, advice = ("", "") if has_answered else (ALWAYS, advice)
+    if meaning == ALWAYS or wait_s > LONGEST_WAIT_S:
         shown = f"{reply.error} (HTTP {status})" if status else reply.error
         return StopRun(f"{advice}: {shown}" if advice else shown)
-    if meaning == AT_FIRST:
-        meaning = advice = ""
     words = f"{reply.error}; {advice}" if advice else reply.error
     if meaning:
         return FailImage(meaning, words)
@@ -1842,7 +1823,7 @@ ADVICE = {  # what helps against each reason
 
 def find_fault(text: str) -> str:
     """Return why a text is no caption, one of ADVICE; blank for a caption."""
-    end = text[-1000:].encode()  # who says the same over and over leaves little to compress
+    end = text[-1000:].encode()  # what repeats itself compresses well
     # a window of 1 KB is set up four times as fast as the usual one
     if len(end) > LOOP_RATIO * len(zlib.compress(end, wbits=10)):
         return "looping"
@@ -1866,30 +1847,27 @@ def judge_reply(reply: Reply, style: str = "prose", *, has_answered: bool = True
         raise judge_error(reply, has_answered=has_answered)
     text, finish = clean_caption(reply.content, style), reply.finish_reason.lower()
     *thoughts, said = re.split(THOUGHT_END, reply.content)
+    has_thoughts_only = not text and (thoughts or reply.has_reasoning)
     reason = next((name for name, phrases in ENDINGS if has_phrase(finish, phrases)), "")
-    if reply.refusal:
-        reason = "refused"
-    is_thought_only = not text and (thoughts or reply.has_reasoning)
-    if not reason and (is_thought_only or re.match(THOUGHT_START, said)):
+    if not reason and (has_thoughts_only or re.match(THOUGHT_START, said)):
         reason = "reasoning only"
     reason = reason or find_fault(text)
     if not reason and has_phrase(finish, CUT_OFF):
-        # what is whole of it serves
         text = text.rpartition(",")[0] if style == "tags" else cut_caption(text, style)
         reason = "" if text else "cut off"
     if not reason:
         return text
-    words = shorten(reply.refusal or text or reply.finish_reason, 120)
+    words = shorten(text or reply.finish_reason, 120).rstrip(".")
     again_s = 0.0 if reason == "broken answer" else None
-    said = "; ".join(filter(None, (words.rstrip("."), ADVICE[reason])))
+    said = f"{words}; {ADVICE[reason]}" if words else ADVICE[reason]
     raise FailImage(reason, said, retry_after_s=again_s)
 
 
 # -------------------------------------------------------------------------------------------- Money
 
-# What an image takes: so many tokens for 32 x 32 pixels, up to so many; the first row that fits
-# the model's name counts. Models that count tiles are put down at the four of 1024 pixels.
-# https://developers.openai.com/api/docs/guides/images-vision; what was billed where it disagrees.
+# The first row that fits the model's name: tokens for 32 x 32 pixels, and the most for an image.
+# Some models count tiles: they are put down at four, as for 1024 x 1024.
+# https://developers.openai.com/api/docs/guides/images-vision; where bills disagree, as billed.
 TOKENS_AN_IMAGE = (
     (r"gpt-4o-mini", math.inf, 25_501),
     (r"gpt-4\.1-mini", 1.62, 2488),
@@ -1912,7 +1890,7 @@ def image_tokens(model: str, size: Size) -> int:
 
 def text_tokens(text: str) -> int:
     """Return about how many tokens a prompt is."""
-    return len(text.encode()) // 4 + 12  # in English; and a message's frame
+    return len(text.encode()) // 4 + 12  # as in English, and for the message around it
 
 
 def estimate(settings: Settings, prompt: str, size: Size) -> Usage:
@@ -1960,7 +1938,7 @@ def show_dollars(amount: float) -> str:
 
 
 def describe_cost(settings: Settings, images: int, usage: Usage) -> str:
-    """Return what a run is thought to cost."""
+    """Return what a run will cost, about."""
     said = f"{usage.prompt + usage.answer:,} tokens for {images:,} images with {settings.model}"
     if settings.local:
         return f"{said}: no cost but this machine's time"
@@ -1968,18 +1946,11 @@ def describe_cost(settings: Settings, images: int, usage: Usage) -> str:
     cost = find_cost(settings, usage, tier)
     if cost is None:
         return f"{said}; the price at {settings.host} is not known, --price IN/OUT says it"
-    said += f": about {show_dollars(cost)}"
-    others = {name: find_cost(settings, usage, name) or cost for name in ("flex", "batch")}
-    cheaper = [f"{name} {show_dollars(other)}" for name, other in others.items() if other < cost]
-    if cheaper:
-        said += f" ({', '.join(cheaper)})"
-    if settings.max_cost and cost > settings.max_cost:
-        said += f"; --max-cost {show_dollars(settings.max_cost)} ends it before"
-    return said
+    return f"{said}: about {show_dollars(cost)}"
 
 
 class Bill:
-    """What the answers of a run cost, and those on their way may cost."""
+    """What the answers of a run cost, and what requests on their way may cost."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -1988,18 +1959,18 @@ class Bill:
         self.spent = 0.0  # with answers that were lost or not counted, at their worst
         self.lost = 0  # such answers
         self._held = 0.0  # for requests on their way
-        self._dearest = 0.0  # of all answers: counts and tiers may be other than thought
+        self._dearest = 0.0  # answer so far: counts and tiers may differ from the estimate
 
-    @functools.cached_property
+    @property
     def has_price(self) -> bool:
-        """Whether the price is known; to look it up takes a moment."""
+        """Whether the price is known. The first look-up takes a moment."""
         return find_cost(self._settings, Usage(), self._tier) is not None
 
     def hold(self, expected: Usage, longest: int, tier: str = "") -> float:
         """Count a request at its worst, and return its dollars. Raises StopRun over the budget."""
         usage = Usage(2 * expected.prompt, longest)  # a prompt may take more than is thought
-        dearest = 0.0 if tier else self._dearest
-        worst = max(find_cost(self._settings, usage, tier or self._tier) or 0.0, dearest)
+        worst = find_cost(self._settings, usage, tier or self._tier) or 0.0
+        worst = max(worst, self._dearest)
         most = self._settings.max_cost
         if most is not None and self.spent + self._held + worst > most:
             sums = map(show_dollars, (most, self.spent, self._held, worst))
@@ -2009,19 +1980,19 @@ class Bill:
         return worst
 
     def hold_again(self, dollars: float) -> None:
-        """Count what an earlier run has sent and nobody has settled."""
+        """Count what a waiting batch may cost; with a minus, take it off when the batch is over."""
         self._held += dollars
 
-    def settle(self, held: float, reply: Reply | None, tier: str = "") -> float:
+    def settle(self, held: float, reply: Reply, tier: str = "") -> float:
         """Count what came back instead of what was held; return its dollars."""
         self._held -= held
-        if reply and reply.is_free:
+        if reply.is_free:
             return 0.0
-        cost, usage = held, reply.usage if reply else None
-        if reply and usage:
+        cost = held
+        if reply.usage:
             billed_as = tier or reply.tier or self._tier
-            cost = find_cost(self._settings, usage, billed_as) or 0.0
-            self.usage += usage
+            cost = find_cost(self._settings, reply.usage, billed_as) or 0.0
+            self.usage += reply.usage
         else:
             self.lost += 1
         self._dearest = max(self._dearest, cost)
@@ -2043,15 +2014,15 @@ class Bill:
 
 # ----------------------------------------------------------------------------------------- Throttle
 
-LONGEST_NAP_S = 1.0  # who waits looks again: an answer may have changed what there is to wait for
+LONGEST_NAP_S = 1.0  # then look again: an answer may have changed the limits
 LONG_WAIT_S = 60.0  # a wait that a user wonders about
-RESERVE_S = 0.1  # of a limit's refill stays in it: requests do not arrive in the order they leave
-SLOWER, FASTER = 1.1, 0.98  # times the interval, after a pause and after a good answer
-DUST_S = 1e-6
+RESERVE_S = 0.1  # of refill is kept back: requests overtake each other
+SLOWER, FASTER = 1.1, 0.98  # times the interval: after a pause, after a good answer
+DUST_S = 1e-6  # a rounding error
 
 
 class Stop:
-    """Whether and why the run ends early. Who waits is woken and gives up."""
+    """Whether and why the run ends early. It wakes all who wait."""
 
     def __init__(self) -> None:
         self.cause: StopRun | signal.Signals | None = None
@@ -2059,7 +2030,7 @@ class Stop:
 
     @functools.cached_property
     def _event(self) -> Event:
-        import asyncio  # where nothing is to be done, this takes longer than all else
+        import asyncio  # slow, and not needed where there is nothing to do
 
         return asyncio.Event()
 
@@ -2091,9 +2062,9 @@ class Stop:
 
 
 class Bucket:
-    """What a server still takes, of requests or tokens: its word, less what was sent since.
+    """How many requests or tokens a server still takes: as it said, less what was sent since.
 
-    It fills steadily, and is without limit until the server speaks.
+    It fills steadily. Until the server names a limit, there is none.
     """
 
     def __init__(self) -> None:
@@ -2117,7 +2088,7 @@ class Bucket:
         self._level -= cost
 
     def learn(self, limit: tuple[float, float, float], taken: float, now: float) -> None:
-        """Believe an answer, but for what was sent since its request left."""
+        """Take over the limit that an answer shows, less what was sent after its request."""
         most, left, reset_s = limit
         # whatever the limit's period, the missing part comes back in the time to reset
         if reset_s and most - left >= min(10, most / 2):
@@ -2146,11 +2117,11 @@ class Throttle:
         self._cap_s = 1 / rate if rate else 0.0  # between two requests
         self._interval_s = 0.0  # the same, after 429s of a server that says nothing of its limits
         self._requests, self._tokens = Bucket(), Bucket()
-        self._tokens_each = 0.0  # of a request, as the answers so far say
+        self._tokens_each = 0.0  # of a request, on average
         self._sent_at = 0.0
         self._good: deque[float] = deque(maxlen=100)  # when the last good answers came
         self.failures = 0  # requests without a good answer, in a row
-        self._refused_at = math.inf  # when a 429 came that no good answer has followed
+        self._first_429_at = math.inf  # since the last good answer
         self._not_before = self._said_until = 0.0
         self._queue = asyncio.Lock()
 
@@ -2166,39 +2137,38 @@ class Throttle:
             taken = self._requests.taken, self._tokens.taken
             return Ticket(self._sent_at, self._tokens_each, taken)
 
-    def learn(self, ticket: Ticket, reply: Reply, headers: Mapping[str, str]) -> bool:
-        """Correct the pace by what came back; return whether its headers show limits."""
+    def learn(self, ticket: Ticket, reply: Reply, headers: Mapping[str, str]) -> None:
+        """Correct the pace by what came back."""
         now, usage = self._now(), reply.usage
         self.failures += 1
         if not reply.error:
             self._good.append(now)
             self._interval_s *= FASTER
-            self._refused_at = math.inf
+            self._first_429_at = math.inf
             self.failures = 0
         if usage:
             tokens = usage.prompt + usage.answer
             self._tokens_each += (tokens - self._tokens_each) * (0.1 if self._tokens_each else 1)
             self._tokens.take(tokens - ticket.tokens)
-        has_limits = False
-        buckets = (self._requests, "requests"), (self._tokens, "tokens")
-        for (bucket, unit), taken in zip(buckets, ticket.taken, strict=True):
-            if limit := read_limit(headers, unit):
+        buckets = self._requests, self._tokens
+        limits = [read_limit(headers, unit) for unit in ("requests", "tokens")]
+        for bucket, limit, taken in zip(buckets, limits, ticket.taken, strict=True):
+            if limit:
                 bucket.learn(limit, taken, now)
-                has_limits = True
-        return has_limits
+        if reply.status == 429 and not any(limits):
+            self._slow_down(ticket, reply.retry_after_s)
 
-    def slow_down(self, ticket: Ticket, retry_after_s: float) -> None:
-        """Take note of a 429 of a server that shows no limits.
+    def _slow_down(self, ticket: Ticket, retry_after_s: float) -> None:
+        """Pause all workers at the second 429 in a row; the first slows its own request.
 
-        The first slows its own request, the second in a row all. What was sent before the first
-        came met the same limit.
+        What was sent before the first one came met the same limit.
         """
-        if ticket.sent_at >= self._refused_at:
+        if ticket.sent_at >= self._first_429_at:
             self._not_before = max(self._not_before, self._now() + retry_after_s)
             if self._good:
-                took_s = self._refused_at - self._good[0]
+                took_s = self._first_429_at - self._good[0]
                 self._interval_s = SLOWER * took_s / len(self._good)
-        self._refused_at = min(self._refused_at, self._now())
+        self._first_429_at = min(self._first_429_at, self._now())
 
     def _wait_s(self, now: float) -> float:
         wait_s = max(
@@ -2209,9 +2179,8 @@ class Throttle:
         )
         if wait_s > LONG_WAIT_S and now > self._said_until:
             self._said_until = now + wait_s
-            log.warning(
-                "The limits leave no room for %.0f s. Waiting; Ctrl-C loses nothing.", wait_s
-            )
+            said = "The limits leave no room for %.0f s. Waiting; Ctrl-C loses nothing."
+            log.warning(said, wait_s)
         return wait_s
 
 
@@ -2233,7 +2202,7 @@ def open_connection(settings: Settings) -> Connection:
     """Return a way to the server. Raises StopRun where HTTPS_PROXY or the like is wrong."""
     from openai import AsyncOpenAI, DefaultAioHttpClient, Timeout
 
-    # requests leave no cycles behind; to look for some took a tenth of all CPU time
+    # requests leave no cycles behind; looking for some took a tenth of all CPU time
     gc.set_threshold(20_000, 50, 50)
     try:
         is_here = settings.base_url.startswith("http:") and is_this_machine(settings.base_url)
@@ -2256,9 +2225,9 @@ def open_connection(settings: Settings) -> Connection:
 def hide_key(reply: Reply, settings: Settings) -> Reply:
     """Return a reply without the key, which some servers repeat."""
     key = settings.api_key
-    if len(key) < 6 or key.isalpha():  # "ollama" is no secret, and a word
+    if len(key) < 6 or key.isalpha():  # "ollama" is a word, and no secret
         return reply
-    names = ("content", "refusal", "error", "raw")
+    names = ("content", "error", "raw")
     texts = {name: getattr(reply, name).replace(key, "[key]") for name in names}
     return dataclasses.replace(reply, **texts)
 
@@ -2271,7 +2240,7 @@ def read_response(response: Response, settings: Settings) -> Reply:
 
 
 def describe_failure(error: Exception, settings: Settings) -> Reply:
-    """Return what went wrong with a request; raises again what is of another kind."""
+    """Return what went wrong with a request. Raises the error if it is of no known kind."""
     import aiohttp
     import httpx2
     import openai
@@ -2303,22 +2272,22 @@ def keep_trying(settings: Settings, stop: Stop, throttle: Throttle) -> AsyncRetr
     factor, retries = settings.throttle_backoff_factor, settings.throttle_retries
     spread = tenacity.wait_random(0, factor / 2)  # so that the workers do not come back as a herd
 
-    def failure(state: RetryCallState) -> Any:
-        return state.outcome and state.outcome.exception()
+    def may_pass(error: BaseException) -> bool:
+        return isinstance(error, FailImage) and error.retry_after_s is not None
 
     def wait(state: RetryCallState) -> float:
-        asked_s: float = failure(state).retry_after_s
+        error: Any = state.outcome and state.outcome.exception()
         step = min(state.attempt_number, throttle.failures or 1)
         backoff_s = min(LONGEST_BACKOFF_S, factor / 2 * max(1.0, factor) ** (step - 1))
-        return max(asked_s, backoff_s + spread(state))
+        return max(float(error.retry_after_s), backoff_s + spread(state))
 
     def log_wait(state: RetryCallState) -> None:
-        path, number, pause_s = state.args[0].job.image, state.attempt_number, state.upcoming_sleep
+        path, error = state.args[0].job.image, state.outcome and state.outcome.exception()
         said = "%s: %s; retry %d of %d in %.1f s"
-        log.warning(said, path, failure(state), number, retries, pause_s)
+        log.warning(said, path, error, state.attempt_number, retries, state.upcoming_sleep)
 
     return tenacity.AsyncRetrying(
-        retry=lambda state: getattr(failure(state), "retry_after_s", None) is not None,
+        retry=tenacity.retry_if_exception(may_pass),
         wait=wait,
         stop=tenacity.stop_after_attempt(retries + 1),
         sleep=stop.sleep,
@@ -2341,7 +2310,7 @@ class Question:
 
 
 class Asker:
-    """Asks for captions, for all workers: what one answer taught counts for all.
+    """Asks for captions, for all workers: what one answer teaches counts for all.
 
     `has_answered` says that key, model and address are right; `is_settled`, that the parameters
     are.
@@ -2360,10 +2329,9 @@ class Asker:
         self._stop = stop
         self._style = recipe.style
         self._throttle = Throttle(settings.throttle_submission_rate, stop)
-        self._warned = set[str]()
+        self._has_warned = False
         self._errors: Counter[str] = Counter()  # before the server has answered
         self._in_a_row: deque[str] = deque(maxlen=MOST_IN_A_ROW)  # reasons of failures
-        self._was_rejected = False  # the last request with our own defaults
         self._attempt_often = keep_trying(settings, stop, self._throttle).wraps(self._attempt)
         self.parameters = first_parameters(settings)
         self.has_answered = self.is_settled = False
@@ -2386,12 +2354,9 @@ class Asker:
         return answer
 
     async def _attempt(self, question: Question) -> str:
-        """Ask once, or with other parameters where our defaults are rejected."""
-        reply = await self._send(question, self.parameters)
-        if is_rejected(reply) and not self.is_settled:
-            reply = await self._try_others(question, reply)
-        elif is_answered(reply):
-            self.has_answered = self.is_settled = True
+        """Ask once, and judge what comes back."""
+        reply = await self._send_and_adapt(question)
+        self.has_answered |= is_answered(reply)
         try:
             return judge_reply(reply, self._style, has_answered=self.has_answered)
         except FailImage as error:
@@ -2401,28 +2366,30 @@ class Asker:
                 raise StopRun(str(error)) from error
             raise
 
-    async def _try_others(self, question: Question, rejected: Reply) -> Reply:
-        """Ask about the same image without what nobody asked for; rejected twice, it is dropped."""
+    async def _send_and_adapt(self, question: Question) -> Reply:
+        """Send a question; where our own defaults are rejected, send it without them.
+
+        One such image may be odd itself. With the second, the defaults are dropped for the run.
+        """
+        first = await self._send(question, self.parameters)
+        if self.is_settled or not is_rejected(first):
+            self.is_settled |= is_answered(first)
+            return first
         for parameters in other_parameters(self._settings, self.parameters):
             reply = await self._send(question, parameters)
             if is_rejected(reply):
                 continue
-            if is_answered(reply):
-                self.has_answered = True
-                if self._was_rejected:
-                    gone = ", ".join(self.parameters.keys() - parameters)
-                    said = "The server rejects %s; not sent any more: %s"
-                    log.warning(said, gone, rejected.error)
-                    self.parameters = parameters
-                    self.is_settled = True
-                self._was_rejected = True
+            if is_answered(reply) and self.has_answered:
+                gone = ", ".join(self.parameters.keys() - parameters)
+                log.warning("The server rejects %s; not sent any more: %s", gone, first.error)
+                self.parameters, self.is_settled = parameters, True
             return reply
-        return rejected
+        return first
 
     async def _send(self, question: Question, parameters: Parameters) -> Reply:
         """Send one request and count what came back."""
         ticket = await self._throttle.turn()
-        reply: Reply | None = None
+        reply = Reply(0)
         limits = self._settings.max_tokens, parameters.get(NEWER_LIMIT), parameters.get(OLDER_LIMIT)
         longest = max(limit for limit in limits if isinstance(limit, int))
         held = self._bill.hold(question.expected, longest)
@@ -2437,14 +2404,14 @@ class Asker:
             self._stop.in_flight -= 1
             question.dollars += self._bill.settle(held, reply)
         question.usage += reply.usage or Usage()
-        has_limits = self._throttle.learn(ticket, reply, headers)
-        # flex without room is no limit of ours:
-        # https://developers.openai.com/api/docs/guides/flex-processing
-        if reply.status == 429 and not has_limits and "resource_unavailable" not in reply.raw:
-            self._throttle.slow_down(ticket, reply.retry_after_s)
+        self._throttle.learn(ticket, reply, headers)
         if not reply.error:
             log.debug("%s: %s", path, reply.content)
-            self._warn(reply, question)
+        # text models answer too: https://github.com/if-ai/ComfyUI-IF_AI_tools/issues/13
+        is_text = reply.usage and reply.usage.prompt <= text_tokens(question.prompt)
+        if is_text and not self._has_warned:
+            self._has_warned = True
+            log.warning("%s: perhaps no image was seen: the text alone has so many tokens", path)
         return reply
 
     async def _post(self, body: bytes) -> tuple[Reply, Mapping[str, str]]:
@@ -2458,18 +2425,6 @@ class Asker:
             return read_response(response, settings), response.headers
         except Exception as error:
             return describe_failure(error, settings), {}
-
-    def _warn(self, reply: Reply, question: Question) -> None:
-        """Say once what is odd about an answer and may cost too much."""
-        asked, path = self._settings.service_tier, question.job.image
-        odd = {}
-        if reply.usage and reply.usage.prompt <= text_tokens(question.prompt):
-            odd["image"] = f"{path}: perhaps no image was seen: the text alone has so many tokens"
-        if asked and reply.tier not in {"", asked}:
-            odd["tier"] = f"GETCAP_SERVICE_TIER: {asked} was asked for, {reply.tier} is billed"
-        for kind in odd.keys() - self._warned:
-            self._warned.add(kind)
-            log.warning("%s", odd[kind])
 
 
 # ------------------------------------------------------------------------------------------- Report

@@ -219,7 +219,7 @@ def test_a_wait_grows_by_the_backoff_factor_and_is_never_shorter_than_retry_afte
     tool: Tool, server: Server, images: Images
 ) -> None:
     images(1)
-    asked = {**LIMIT, "headers": {"Retry-After-Ms": "700"}}
+    asked = {**LIMIT, "headers": {"Retry-After": "0.7"}}
     server.script(steps=[LIMIT, LIMIT, LIMIT, asked])
     tool("--image-dir", "images", GETCAP_THROTTLE_BACKOFF_FACTOR="0.2")
     first, second, third, fourth = (b - a for a, b in pairwise(server.stats()["arrivals"]))

@@ -235,12 +235,13 @@ def test_the_second_429_in_a_row_pauses_all(
 ) -> None:
     async def run() -> tuple[float, float]:
         throttle = gc.Throttle(None, gc.Stop())
+        refusal = gc.Reply(429, error="slow down", retry_after_s=5.0)
         early, _ = await wait_for_turn(throttle)
-        throttle.slow_down(early, 5.0)
+        throttle.learn(early, refusal, {})
         late, after_one = await wait_for_turn(throttle)
         if good_between:
             throttle.learn(late, gc.Reply(content="A red barn."), {})
-        throttle.slow_down(late if sent_after else early, 5.0)
+        throttle.learn(late if sent_after else early, refusal, {})
         return after_one, (await wait_for_turn(throttle))[1]
 
     assert in_virtual_time(run()) == (0, pause_s)

@@ -76,7 +76,6 @@ class Script:
     )
     tokens_per_minute: float = 0.0  # the same, counted by the usage of each answer
     check: bool = True  # whether images are decoded
-    tier: str = ""  # what answers are billed as; blank is what was asked for
     shutdown_date: str | None = None  # of every model, at GET /v1/models/NAME
     # errors (with which it fails), expires_after (lines), most_lines (of all that are at work), hold (while it is true),
     # live (the error of all other requests), without (a key of the batch), half (of its files), output (instead of what there is), fail (METHOD PATH: how many of these requests fail first, and with which status, 0 for
@@ -538,7 +537,7 @@ class VisionServer:
                 {"index": 0, "message": message, "finish_reason": step.get("finish_reason", "stop")}
             ],
             "usage": step.get("usage", USAGE),
-            "service_tier": self.script.tier or body.get("service_tier", "default"),
+            "service_tier": body.get("service_tier", "default"),
         }
 
     async def fail(self, request: web.Request, fault: str) -> web.StreamResponse:
