@@ -2433,7 +2433,7 @@ NOTED = {  # on captions, as the summary counts them
     "excluded words": "with excluded words",
     "cut": "cut at --max-words",
     "too long": "longer than --max-words",
-    "same answer": "identical answers",
+    "same answer": "identical to another",
 }
 
 
@@ -2510,8 +2510,10 @@ class Report:
             said = f"{self.outdated:,} {captions} made with another prompt or trigger"
             lines.append(f"{said}; --overwrite updates them.")
         lines.append(self._last_line())
-        if self.ended_by is not None:
-            lines.append("Stopped. Run the same command to continue.")
+        if self.ended_by:
+            is_mended = isinstance(self.ended_by, signal.Signals)
+            run = "Run" if is_mended else "Once that is mended, run"
+            lines.append(f"Stopped. {run} the same command to continue.")
         return "\n".join(map(printable, lines))
 
     def _last_line(self) -> str:
@@ -2565,20 +2567,15 @@ def describe_outcome(outcome: Outcome) -> dict[str, Any]:
 
 def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str] | None]:
     """Return the stream that --report names, if any. Raises SettingsError."""
-    if target in {None, "-"}:
+    if target is None or target == "-":
         return contextlib.nullcontext(sys.stdout if target else None)
-    path = str(target)
     try:
-        if (
-            os.path.isfile(path)
-            and has_caption(path)
-            and not read_file(path).startswith(b'{"outcome": ')
-        ):
+        if has_caption(target) and not read_file(target).startswith(b'{"outcome": '):
             said = "is there already, and is no report of this tool; name another file"
-            raise SettingsError(f"--report: {path}: {said}")
-        return open(path, "w", encoding="utf-8", newline="\n")
+            raise SettingsError(f"--report: {target}: {said}")
+        return open(target, "w", encoding="utf-8", newline="\n")
     except OSError as error:
-        raise SettingsError(f"--report: {path}: cannot be written: {error.strerror}") from None
+        raise SettingsError(f"--report: {target}: cannot be written: {error.strerror}") from None
 
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left{postfix}"
@@ -2587,7 +2584,7 @@ QUIET_S = 30.0  # between two lines of progress where there is no terminal
 
 @contextlib.contextmanager
 def show_progress(total: int | None, unit: str, report: Report) -> Iterator[Callable[[], None]]:
-    """Show how far a run is, on a terminal as a bar; yields what counts one more."""
+    """Show how far a run is, on a terminal as a bar. Yields the function that counts one more."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -2621,7 +2618,7 @@ def show_progress(total: int | None, unit: str, report: Report) -> Iterator[Call
 
 
 def interrupt(number: int, _frame: FrameType | None = None) -> None:
-    """Let a signal end what runs as Ctrl-C does; then no other disturbs the end."""
+    """End what runs, as Ctrl-C does. No other signal disturbs the end."""
     handle_signals(lambda _number, _frame: None)
     raise KeyboardInterrupt(number)
 
@@ -2634,7 +2631,7 @@ def handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Han
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Let signals wait, so that what is written is counted too."""
+    """Let signals wait until what is written is counted too."""
     came: list[int] = []
     handle_signals(lambda number, _: came.append(number))
     try:
@@ -2646,8 +2643,8 @@ def hold_signals() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Let nothing disturb the end; a signal on its way meets a function first."""
-    handle_signals(lambda _number, _frame: None)
+    """Let no signal disturb the end."""
+    handle_signals(lambda _number, _frame: None)  # for a signal that is on its way
     handle_signals(signal.SIG_IGN)
 
 
