@@ -3719,7 +3719,7 @@ class Run:
 
 
 def plan_run(run: Run, waiting: set[str]) -> Iterator[Job | Outcome]:
-    """Yield what is to be done about each image; `waiting` are those that batches have.
+    """Yield what to do about each image; `waiting` are the names of those in batches.
 
     Raises SettingsError where there is no image.
     """
@@ -3727,21 +3727,19 @@ def plan_run(run: Run, waiting: set[str]) -> Iterator[Job | Outcome]:
     left = settings.limit or math.inf
     left -= len(waiting) if settings.batch else 0
     is_empty = True
-    for pair in walk_images(run.image_dir, settings.caption_dir, recipe.caption_ext):
-        is_empty &= isinstance(pair, Outcome) and pair.kind == "skipped"
-        if isinstance(pair, Outcome):
-            yield pair
+    for found in walk_images(run.image_dir, settings.caption_dir, recipe.caption_ext):
+        if isinstance(found, Outcome):
+            is_empty &= found.kind == "skipped"  # a video, for example
+            yield found
             continue
-        item = judge_pair(pair, run.journal, recipe, overwrite=settings.overwrite)
-        if isinstance(item, Outcome):
-            yield item
-            continue
-        if run.name(item) in waiting:
+        is_empty = False
+        item, why = judge_pair(found, run.journal, recipe, overwrite=settings.overwrite), ""
+        if isinstance(item, Job) and run.name(item) in waiting:
             why = "" if settings.batch and not settings.dry_run else "waits in a batch"
-        else:
+        elif isinstance(item, Job):
             left -= 1
             why = "" if left >= 0 else "over --limit"
-        yield Outcome(item.image, "skipped", why, caption=item.caption) if why else item
+        yield Outcome(found.image, "skipped", why, caption=found.caption) if why else item
     if is_empty:
         looked = f"looked for {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}"
         said = f"no images there or below; {looked}"
@@ -3749,31 +3747,32 @@ def plan_run(run: Run, waiting: set[str]) -> Iterator[Job | Outcome]:
 
 
 def collect_jobs(run: Run, plan: Iterable[Job | Outcome]) -> list[Job]:
-    """Return the jobs of a plan, those that failed before last; the report gets the rest."""
+    """Return the jobs of a plan and record the rest; images that failed before come last."""
     jobs: list[Job] = []
+    failed: list[Job] = []
     for item in plan:
-        if isinstance(item, Job):
-            jobs.append(item)
-        else:
+        if isinstance(item, Outcome):
             run.report.record(item)
-    past = run.journal.past
-    jobs.sort(key=lambda job: [entry.outcome for entry in past(job.caption)[-1:]] == ["failed"])
-    return jobs
+            continue
+        past = run.journal.past(item.caption)
+        has_failed = past and past[-1].outcome == "failed"
+        (failed if has_failed else jobs).append(item)
+    return jobs + failed
 
 
 def check_writable(jobs: Iterable[Job]) -> None:
-    """Raise StopRun, before anything is paid, where captions could not be kept."""
+    """Raise StopRun, before anything is paid for, where captions cannot be saved."""
     for folder in sorted({os.path.dirname(job.caption) for job in jobs}):
         place = os.path.abspath(folder)
         while not os.path.lexists(place):
             place = os.path.dirname(place)
         if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
-            said = f"{place} is no folder that may be written to"
+            said = f"{place} is not a folder that you may write to"
             raise StopRun(f"{folder}: cannot save captions there: {said}")
 
 
 def check_key(settings: Settings) -> None:
-    """Raise the SettingsError that shows the ways on where a key is needed."""
+    """Raise the SettingsError that says what to do where a key is missing."""
     if settings.local:
         check_local(settings.local)
     if is_this_machine(settings.base_url) or not re.fullmatch(NO_KEY, settings.api_key):
@@ -3791,9 +3790,9 @@ def check_key(settings: Settings) -> None:
 
 
 def log_findings(run: Run) -> None:
-    """Say once what is worth knowing before anything is sent."""
-    for _, path, detail in run.recipe.findings:
-        log.warning("%s: %s", path, detail)
+    """Warn of what is wrong with the config folder or with the way to the server."""
+    for finding in run.recipe.findings:
+        log.warning("%s: %s", finding.path, finding.detail)
     url = run.settings.base_url
     if url.startswith("http://") and not is_this_machine(url):
         said = "OPENAI_BASE_URL is plain http: others can read key and images on the way to %s"
@@ -3802,7 +3801,7 @@ def log_findings(run: Run) -> None:
 
 @contextlib.contextmanager
 def end_on_signals(stop: Stop) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM end the run in order, and the second cancel it."""
+    """Let the first Ctrl-C or SIGTERM end the run in order, and the second end it at once."""
     import asyncio
 
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -3826,11 +3825,11 @@ def end_on_signals(stop: Stop) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ Caption
 
 NOT_ANSWERED = "not answered"  # in a batch
-HANDOVER_S = 0.02  # between two of them
+BUSY_S = 0.02  # before a thread hands back what it has done
 
 
 def read_words(path: str) -> str:
-    """Return what a caption file says in one line, blank for no UTF-8."""
+    """Return what a caption file says, in one line; blank where it cannot be read as UTF-8."""
     try:
         return " ".join(read_file(path).decode("utf-8-sig").split())
     except (OSError, UnicodeDecodeError):
@@ -3840,13 +3839,13 @@ def read_words(path: str) -> str:
 def make_prompt(recipe: Recipe, job: Job) -> str:
     """Return the prompt for one image."""
     hint = ""
-    if "{caption}" in recipe.prompt:  # or the tags beside it, where captions end in .caption
+    if "{caption}" in recipe.prompt:  # with --caption-ext caption, tags may stand in a .txt
         hint = read_words(job.caption) or read_words(os.path.splitext(job.image)[0] + ".txt")
     return fill_prompt(recipe, job.image, hint)
 
 
 def expect(settings: Settings, recipe: Recipe, job: Job) -> Usage:
-    """Return about what an image will take, by its header. Raises FailImage."""
+    """Return about how many tokens an image will take, by its header. Raises FailImage."""
     try:
         with open(os.open(job.image, READ_ONLY), "rb") as file:
             size = measure_image(file, settings.max_side)
@@ -3856,7 +3855,7 @@ def expect(settings: Settings, recipe: Recipe, job: Job) -> Usage:
 
 
 def load_question(run: Run, job: Job, pixels: bool) -> Question:
-    """Return what is to be asked about an image. Runs in a thread. Raises FailImage."""
+    """Return the question about an image. Runs in a thread. Raises FailImage."""
     settings, recipe = run.settings, run.recipe
     try:
         changed_ns = os.stat(job.image).st_mtime_ns
@@ -3891,7 +3890,7 @@ def finish_entry(question: Question, **changes: Any) -> Entry:
 
 
 def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
-    """Write the caption that an answer comes to. Runs in a thread. Raises FailImage, StopRun."""
+    """Make the caption of an answer, and write it. Runs in a thread. Raises StopRun."""
     job = question.job
     replaces = job.replaces.caption_sha256 if job.replaces else ""
     text, notes = finish_caption(answer, run.recipe)
@@ -3901,8 +3900,6 @@ def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
             job.caption, f"{text}\n".encode(), entry, replaces=replaces, image=job.image
         )
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise FailImage("not written", f"{error.strerror}; the answer was: {text}") from error
         # each answer that is paid for is shown, also those after the first that is not saved
         log.log(logging.ERROR, "%s: not saved; the answer was: %s", job.caption, text)
         raise StopRun(f"{job.caption}: cannot save captions: {error.strerror}") from error
@@ -3913,7 +3910,7 @@ def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
 
 
 def keep_failure(run: Run, question: Question, reason: str) -> None:
-    """Write the journal's line of an image without a caption. Runs in a thread."""
+    """Write the journal's line of an image that gets no caption. Runs in a thread."""
     entry = finish_entry(question, outcome="refused" if reason == "refused" else "failed")
     with contextlib.suppress(OSError):  # then it is asked again next time
         run.journal.append(question.job.caption, entry, image=question.job.image, reason=reason)
@@ -3922,8 +3919,8 @@ def keep_failure(run: Run, question: Question, reason: str) -> None:
 class Threads:
     """Does blocking work in a few threads.
 
-    A hand-over between threads costs as much as a small image, so a thread goes on for a moment
-    with what waits before it hands back what is done.
+    To hand work over to a thread and back takes as long as a small image does. So a thread takes
+    all the work that waits, and hands back what it has done after a moment.
     """
 
     def __init__(self, number: int) -> None:
@@ -3939,40 +3936,39 @@ class Threads:
         self._waiting.append((future, functools.partial(function, *arguments)))
         if self._idle:
             self._idle -= 1
-            self._tasks.add(asyncio.create_task(self._keep_busy()))
+            task = asyncio.create_task(self._keep_busy())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return await future
 
     async def _keep_busy(self) -> None:
-        """Keep one thread busy while anything waits."""
+        """Keep one thread busy while any work waits."""
         from aiofiles.os import wrap
 
         while self._waiting:
-            for future, result in await wrap(self._do_some)():
-                if future.cancelled():
-                    continue
-                if isinstance(result, Exception):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
+            for future, settle, result in await wrap(self._work)():
+                if not future.cancelled():
+                    settle(result)
         self._idle += 1
 
-    def _do_some(self) -> list[tuple[Future[Any], Any]]:
-        done: list[tuple[Future[Any], Any]] = []
-        end = time.monotonic() + HANDOVER_S
+    def _work(self) -> list[tuple[Future[Any], Callable[[Any], None], Any]]:
+        """Do what waits, for a moment; return what is to be done with each result."""
+        done: list[tuple[Future[Any], Callable[[Any], None], Any]] = []
+        end = time.monotonic() + BUSY_S
         with contextlib.suppress(IndexError):  # nothing waits
             while time.monotonic() < end:
                 future, function = self._waiting.popleft()
                 try:
-                    done.append((future, function()))
+                    done.append((future, future.set_result, function()))
                 except Exception as error:
-                    done.append((future, error))
+                    done.append((future, future.set_exception, error))
         return done
 
 
 class Captioner:
     """Takes one image from file to caption: load, ask, keep.
 
-    Without an asker it only loads; without `pixels` the image was asked about before.
+    Without an asker it only loads. `pixels` are for images that are still to be sent.
     """
 
     def __init__(
@@ -3982,18 +3978,18 @@ class Captioner:
         self._run = run
         self._asker = asker
         self._pixels = pixels
-        # one more than there are processors, since threads wait for each other now and then;
-        # with more of them only memory would grow
+        # threads wait for each other now and then, so there is one more than processors; with
+        # still more, only memory would grow
         self._decoders = Threads(count_processors() + 1)
         self._writer = Threads(1)
 
     async def load(self, job: Job) -> Question:
-        """Return what is to be asked about an image. Raises FailImage."""
+        """Return the question about an image. Raises FailImage."""
         question: Question = await self._decoders.do(load_question, self._run, job, self._pixels)
         return question
 
     async def caption(self, job: Job) -> Outcome:
-        """Caption one image. Raises FailImage or StopRun, after the journal's line of that."""
+        """Caption one image. Raises FailImage or StopRun, once the journal has a line of it."""
         import asyncio
 
         run = self._run
@@ -4008,12 +4004,12 @@ class Captioner:
         task = asyncio.ensure_future(self._writer.do(keep_caption, run, question, answer))
         try:
             outcome: Outcome = await asyncio.shield(task)
-        except asyncio.CancelledError:  # what is written is counted
+        except asyncio.CancelledError:  # the caption is written all the same, and counts
             outcome = await task
         return outcome
 
     async def _ask(self, question: Question) -> str:
-        """Return an answer; of one with excluded words, the better of two."""
+        """Return an answer; if it has excluded words, ask once more and take the better one."""
         assert self._asker
         exclude = self._run.recipe.exclude
         answer = await self._asker.ask(question)
@@ -4024,7 +4020,7 @@ class Captioner:
                 answer = min(second, answer, key=lambda text: len(find_excluded(text, exclude)))
             except FailImage as error:
                 log.debug("%s: %s; the first answer is kept", question.job.image, error)
-            except StopRun as cause:  # the first answer is paid for, and serves
+            except StopRun as cause:  # the first answer is paid for, and is kept
                 self._run.stop.set(cause)
         return answer
 
@@ -4035,9 +4031,9 @@ async def handle_all(
     handle: Callable[[Job], Awaitable[Outcome | None]],
     workers: int,
 ) -> None:
-    """Handle each job in one of N workers; the one place where exceptions become outcomes.
+    """Handle each job by one of the workers; the one place where exceptions become outcomes.
 
-    The workers share the iterator, so a job is made when one is free.
+    All workers take from one iterator, so it yields a job only when a worker is free.
     """
     import asyncio
 
@@ -4055,7 +4051,7 @@ async def handle_all(
             except StopRun as cause:
                 run.stop.set(cause)
                 return
-            except Exception as error:  # a fault of this program must not end the run either
+            except Exception as error:  # not even a fault of ours may end the run
                 log.debug("%s: unexpected", job.image, exc_info=True)
                 said = f"{error!r}; please report it, with -v"
                 outcome = Outcome(job.image, "failed", "unexpected", said)
@@ -4070,14 +4066,14 @@ async def handle_all(
 
 
 async def keep_known(run: Run, jobs: Sequence[Job]) -> Iterator[Job]:
-    """Caption the images whose answers are known, and return the others."""
+    """Caption the images whose answers are in the journal, and return the others."""
     known = [job for job in jobs if job.answer]
     await handle_all(run, known, Captioner(run).caption, run.settings.thread_pool)
     return iter([job for job in jobs if not job.answer])
 
 
 async def ask_first(run: Run, asker: Asker, jobs: Iterator[Job]) -> None:
-    """Caption one image after another until the server has answered as it will."""
+    """Caption one image after another until an answer has taught what the server takes."""
     caption = Captioner(run, asker).caption
     while not asker.is_settled and (job := next(jobs, None)):
         await handle_all(run, [job], caption, 1)
@@ -4087,7 +4083,7 @@ async def ask_first(run: Run, asker: Asker, jobs: Iterator[Job]) -> None:
 async def caption_images(
     run: Run, jobs: Sequence[Job], engine: subprocess.Popen[str] | None
 ) -> None:
-    """Caption images one by one; where our own engine is asked, its end is the run's."""
+    """Caption images one by one; the end of our own engine is the end of the run."""
     import asyncio
 
     check_writable(jobs)
