@@ -3712,18 +3712,20 @@ class Run:
     report: Report
     bill: Bill
     stop: Stop
+    engine: subprocess.Popen[str] | None = None  # of --local
 
     def name(self, job: Job) -> str:
         """Return an image's path below the image folder."""
         return name_below(self.image_dir, job.image)
 
 
-def plan_run(run: Run, waiting: set[str]) -> Iterator[Job | Outcome]:
-    """Yield what to do about each image; `waiting` are the names of those in batches.
+def plan_run(run: Run, parts: Iterable[Part]) -> Iterator[Job | Outcome]:
+    """Yield what to do about each image; those in `parts` wait for the answers of batches.
 
     Raises SettingsError where there is no image.
     """
     settings, recipe = run.settings, run.recipe
+    waiting = {name for part in parts for name in part.images}
     left = settings.limit or math.inf
     left -= len(waiting) if settings.batch else 0
     is_empty = True
@@ -3924,9 +3926,9 @@ class Threads:
     """
 
     def __init__(self, number: int) -> None:
-        self._idle = number
+        self._number = number
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._tasks = set[Any]()  # the loop itself would forget them
+        self._tasks = set[Any]()  # one for each thread at work
 
     async def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return what a function returns, or raise what it raises."""
@@ -3934,22 +3936,21 @@ class Threads:
 
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((future, functools.partial(function, *arguments)))
-        if self._idle:
-            self._idle -= 1
-            task = asyncio.create_task(self._keep_busy())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if len(self._tasks) < self._number:
+            self._tasks.add(asyncio.create_task(self._keep_busy()))
         return await future
 
     async def _keep_busy(self) -> None:
         """Keep one thread busy while any work waits."""
+        import asyncio
+
         from aiofiles.os import wrap
 
         while self._waiting:
             for future, settle, result in await wrap(self._work)():
                 if not future.cancelled():
                     settle(result)
-        self._idle += 1
+        self._tasks.discard(asyncio.current_task())
 
     def _work(self) -> list[tuple[Future[Any], Callable[[Any], None], Any]]:
         """Do what waits, for a moment; return what is to be done with each result."""
@@ -4065,13 +4066,6 @@ async def handle_all(
             group.create_task(work(), name=f"worker-{number + 1}")
 
 
-async def keep_known(run: Run, jobs: Sequence[Job]) -> Iterator[Job]:
-    """Caption the images whose answers are in the journal, and return the others."""
-    known = [job for job in jobs if job.answer]
-    await handle_all(run, known, Captioner(run).caption, run.settings.thread_pool)
-    return iter([job for job in jobs if not job.answer])
-
-
 async def ask_first(run: Run, asker: Asker, jobs: Iterator[Job]) -> None:
     """Caption one image after another until an answer has taught what the server takes."""
     caption = Captioner(run, asker).caption
@@ -4080,31 +4074,31 @@ async def ask_first(run: Run, asker: Asker, jobs: Iterator[Job]) -> None:
         run.stop.check()
 
 
-async def caption_images(
-    run: Run, jobs: Sequence[Job], engine: subprocess.Popen[str] | None
-) -> None:
+async def caption_images(run: Run, jobs: list[Job]) -> None:
     """Caption images one by one; the end of our own engine is the end of the run."""
     import asyncio
 
-    check_writable(jobs)
-    connection = open_connection(run.settings)
+    queue, connection = iter(jobs), open_connection(run.settings)
     async with connection.sdk:
-        watch = asyncio.create_task(end_with(engine, run.stop)) if engine else None
+        watch = asyncio.create_task(end_with(run.engine, run.stop)) if run.engine else None
         asker = Asker(connection, run.settings, run.recipe, run.bill, run.stop)
-        queue = await keep_known(run, jobs)
         await ask_first(run, asker, queue)
         await handle_all(run, queue, Captioner(run, asker).caption, run.settings.thread_pool)
         if watch:
             watch.cancel()
 
 
-async def carry_out(run: Run, work: Callable[[], Awaitable[None]]) -> None:
-    """Do the work of a run, its progress shown."""
+async def carry_out(
+    run: Run, jobs: list[Job], work: Callable[[Run, list[Job]], Awaitable[None]]
+) -> None:
+    """Do the work of a run, and show its progress."""
     report, stop = run.report, run.stop
     with show_progress(report.left, "image", report) as report.update, end_on_signals(stop):
         log.info("%s", ". ".join(run.recipe.lines))
         try:
-            await work()
+            known = (job for job in jobs if job.answer)
+            await handle_all(run, known, Captioner(run).caption, run.settings.thread_pool)
+            await work(run, [job for job in jobs if not job.answer])
         except StopRun as cause:
             stop.set(cause)
         except OSError as error:
@@ -4120,39 +4114,39 @@ ENDPOINT: Final = "/v1/chat/completions"
 PART_BYTES = 170_000_000  # OpenAI takes 200 MB
 PART_LINES = 2000  # an engine may write nothing before its last answer
 NO_ROOM = "(?i)token_limit|enqueued"  # https://github.com/openai/openai-python/issues/2084
-REASONERS = r"(?:.*/)?(?:gpt-(?:[5-9]|\d\d)|o\d)"
+REASONERS = r"(?:.*/)?(?:gpt-(?:[5-9]|\d\d)|o\d)"  # OpenAI's newer models
 
 
 @dataclass(slots=True)
 class Part:
-    """A file of requests, and what the server calls it and its batch, once it does."""
+    """A batch: which images it asks about, and its ids at the server."""
 
-    path: str
+    path: str  # of the file that holds all this
     made_with: str
     parameters: Parameters  # that the server takes
     images: list[str] = field(default_factory=list)  # names below the image folder
-    size: int = 0  # of its requests, in bytes
+    size: int = 0  # of the requests, in bytes
     usd: float = 0.0  # what the answers may cost
     file_id: str = ""
     batch_id: str = ""
 
     @property
-    def lines(self) -> str:
-        """The path of its requests."""
+    def requests_path(self) -> str:
+        """The path of the requests, until they are uploaded."""
         return f"{self.path}l"
 
     def save(self) -> None:
-        """Keep what is known, also for the next run. Raises OSError."""
+        """Write the part down for the next run. Raises OSError."""
         write_whole(self.path, json.dumps(dataclasses.asdict(self)).encode())
 
 
 def batch_folder(journal: Journal) -> str:
-    """Return the folder of the parts that wait."""
+    """Return the folder of the parts that wait for answers."""
     return os.path.join(journal.folder, "batch")
 
 
 def load_parts(journal: Journal) -> list[Part]:
-    """Return the parts that wait, oldest first. Raises SettingsError."""
+    """Return the parts that wait for answers, oldest first. Raises SettingsError."""
     parts = []
     for path in sorted(map(str, Path(batch_folder(journal)).glob("*.json"))):
         try:
@@ -4162,19 +4156,14 @@ def load_parts(journal: Journal) -> list[Part]:
     return parts
 
 
-def waiting_images(parts: Iterable[Part]) -> set[str]:
-    """Return the names of the images in parts."""
-    return {name for part in parts for name in part.images}
-
-
 def made_with(run: Run) -> str:
-    """Return what must be the same when a batch is collected."""
+    """Return the fingerprint of what must be the same when answers are collected."""
     image_dir = os.path.realpath(run.image_dir)
     return fingerprint(run.recipe.identity, run.settings.overwrite, image_dir)
 
 
 def line_id(run: Run, question: Question) -> str:
-    """Return the id of an image's line, of these bytes, this prompt and recipe."""
+    """Return the id of an image's request: its name, bytes, prompt and recipe."""
     entry = question.entry
     name = run.name(question.job)
     return f"gc-{fingerprint(name, entry.image_sha256, entry.recipe, question.prompt)}"
@@ -4185,35 +4174,35 @@ def write_line(run: Run, part: Part, question: Question) -> None:
     head = json.dumps({"custom_id": line_id(run, question), "method": "POST", "url": ENDPOINT})
     body = build_request(run.settings.model, question.prompt, part.parameters, question.jpeg)
     try:
-        with open(part.lines, "ab") as file:
+        with open(part.requests_path, "ab") as file:
             file.write(head.removesuffix("}").encode() + b', "body": ' + body + b"}\n")
             part.size = file.tell()
     except OSError as error:
-        raise StopRun(f"{part.lines}: cannot be written: {error.strerror}") from error
+        raise StopRun(f"{part.requests_path}: cannot be written: {error.strerror}") from error
     part.images.append(run.name(question.job))
 
 
 def parse_result(line: bytes) -> tuple[str, Reply]:
-    """Return the id of a result and what came back. Raises ValueError, TypeError for no result."""
+    """Return a result's id and reply. Raises ValueError or TypeError for what is no result."""
     found = json.loads(line)
     custom_id, response, error = (dig(found, name) for name in ("custom_id", "response", "error"))
-    if not isinstance(custom_id, str) or "body" in found:  # the latter is a request
+    if not isinstance(custom_id, str) or "body" in found:  # a request has a body
         raise ValueError
-    # some versions of vLLM give the completion itself
+    # some versions of vLLM have the completion itself as the response
     body = response if dig(response, "choices") else dig(response, "body")
     status = dig(response, "status_code") or (200 if body else 0)
     return custom_id, parse_reply(status, json.dumps(body or {"error": error}))
 
 
 class Answers:
-    """The answers in results, in any order; stands where an Asker does."""
+    """The answers in files of results, in any order; takes the place of an Asker."""
 
     def __init__(self, run: Run, files: Iterable[bytes]) -> None:
         self._run = run
         self._captioner = Captioner(run, self, pixels=False)
         self._replies: dict[str, Reply] = {}
         self.torn = 0  # lines that are no results
-        self.used = 0
+        self.used = 0  # results that fit an image
         self.missing = 0  # images without an answer
         lines = (line for data in files for line in data.splitlines())
         for line in filter(bytes.strip, lines):
@@ -4223,12 +4212,12 @@ class Answers:
                 self.torn += 1
                 continue
             known = self._replies.get(custom_id)
-            # without a status it was never asked: the batch has expired
+            # without a status the image was never asked about: the batch expired
             if reply.status and (not known or known.error):
                 self._replies[custom_id] = reply
 
     async def caption(self, job: Job) -> Outcome | None:
-        """Caption an image, if it has an answer. Raises FailImage."""
+        """Caption an image that has an answer. Raises FailImage."""
         try:
             return await self._captioner.caption(job)
         except FailImage as error:
@@ -4255,13 +4244,13 @@ class Answers:
 async def write_parts(
     run: Run, jobs: Iterable[Job], path: str, parameters: Parameters, kind: str = ""
 ) -> AsyncIterator[Part]:
-    """Write the requests of images into files; yield each part when it is written.
+    """Write requests into files, and yield each part when it is written.
 
-    `kind` is the images' outcome, if any. Raises StopRun, after the last part where --max-cost
-    leaves images out.
+    Images whose request is written get an outcome of this kind, if any. Raises StopRun, after the
+    last part, where --max-cost leaves images out.
     """
     captioner, queue, too_dear = Captioner(run), iter(jobs), list[StopRun]()
-    parameters.pop("service_tier", None)  # a batch is a tier of its own
+    parameters.pop("service_tier", None)  # the Batch API is a tier of its own
 
     def take(part: Part) -> Iterator[Job]:
         for job in itertools.islice(queue, PART_LINES):
@@ -4283,18 +4272,17 @@ async def write_parts(
         part = Part(f"{path}{number:03}.json", made_with(run), parameters)
         await handle_all(run, take(part), functools.partial(add, part), count_processors())
         run.stop.check()
-        if part.images:
-            yield part
-        if too_dear:
-            raise too_dear[0]
         if not part.images:
-            return
+            break
+        yield part
+    if too_dear:
+        raise too_dear[0]
 
 
 class Batches:
     """Captions images by a Batch API.
 
-    Each part goes one step further, again and again: upload, create, look, collect.
+    Again and again, each part goes one step further: upload, create, look, collect.
     """
 
     def __init__(
@@ -4302,17 +4290,16 @@ class Batches:
     ) -> None:
         self._run = run
         self._connection = connection
-        self._client = connection.sdk
         self._parts = parts
         self._jobs = {run.name(job): job for job in jobs}
         self._parameters = parts[0].parameters if parts else None
         self._failures = 0  # in a row
-        self._has_room = True  # for another batch
-        self._ended_by: StopRun | None = None  # why images are left
+        self._has_room = True  # for another batch, at the server
+        self._left_by: StopRun | None = None  # why some images get no caption in this run
 
     async def work(self) -> None:
         """Collect what waits, send the other images, and wait for all. Raises StopRun."""
-        waiting = waiting_images(self._parts)  # before any is forgotten
+        waiting = {name for part in self._parts for name in part.images}
         await self._advance()
         await self._send([job for name, job in self._jobs.items() if name not in waiting])
         pause_s = 0.5
@@ -4320,14 +4307,13 @@ class Batches:
             await self._run.stop.sleep(pause_s)
             pause_s = min(60.0, 1.5 * pause_s)
             await self._advance()
-        if self._ended_by:
-            raise self._ended_by
+        if self._left_by:
+            raise self._left_by
 
     async def _send(self, jobs: Sequence[Job]) -> None:
-        """Put images into parts; the first is asked at once if no part has parameters."""
-        run = self._run
-        queue = await keep_known(run, jobs)
-        if self._parameters is None:  # a wrong key is known now and not tomorrow
+        """Put images into parts. The first image is asked at once, if no part has parameters."""
+        run, queue = self._run, iter(jobs)
+        if self._parameters is None:  # so a wrong key is known now and not tomorrow
             asker = Asker(self._connection, run.settings, run.recipe, run.bill, run.stop)
             await ask_first(run, asker, queue)
             self._parameters = asker.parameters
@@ -4338,9 +4324,10 @@ class Batches:
                 await self._advance()
         except StopRun as cause:
             run.stop.check()
-            self._ended_by = cause
+            self._left_by = cause
 
     async def _advance(self) -> None:
+        """Take one step with each part."""
         for part in list(self._parts):
             self._run.stop.check()
             try:
@@ -4350,13 +4337,13 @@ class Batches:
                 self._judge(part, error)
 
     def _judge(self, part: Part, error: Exception) -> None:
-        """Leave a step for the next round, its part for the next run, or end the run."""
+        """After an error: try again, leave the part to the next run, or end this run."""
         run = self._run
         try:
             cause = judge_error(describe_failure(error, run.settings))
         except OSError:  # of our own files
             raise
-        except Exception:  # the SDK takes a web page for an object
+        except Exception:  # of the SDK, which takes any web page for its own object
             cause = FailImage("broken answer", repr(error), retry_after_s=0.0)
         self._failures += 1
         if isinstance(cause, StopRun):
@@ -4369,17 +4356,18 @@ class Batches:
             run.stop.set(StopRun(f"--batch: no batch can be made: {cause}"))
 
     def _leave(self, part: Part, said: str) -> None:
+        """Leave a part to the next run."""
         log.error("%s: %s; run again, or delete it to give it up", part.path, said)
         self._parts.remove(part)
-        self._ended_by = StopRun("--batch: not all images were answered")
+        self._left_by = StopRun("--batch: not all images were answered")
 
     async def _step(self, part: Part) -> None:
-        client = self._client
+        client = self._connection.sdk
         if not part.file_id:
-            with FileIO(part.lines) as file:  # a path the SDK would read whole
+            with FileIO(part.requests_path) as file:  # the SDK would read a path whole
                 part.file_id = (await client.files.create(file=file, purpose="batch")).id
             part.save()
-            os.unlink(part.lines)
+            os.unlink(part.requests_path)
         elif part.batch_id:
             batch = await client.batches.retrieve(part.batch_id)
             if batch.status in {"completed", "failed", "expired", "cancelled"}:
@@ -4388,8 +4376,8 @@ class Batches:
             await self._create(part)
 
     async def _create(self, part: Part) -> None:
-        """Have a batch made of a file, unless it was, and the answer lost."""
-        batches = self._client.batches
+        """Create the batch of a part, unless an earlier try did and its answer was lost."""
+        batches = self._connection.sdk.batches
         newest = await batches.list(limit=100)
         found = (one for one in newest.data if one.input_file_id == part.file_id)
         batch = next((one for one in found if one.status != "failed"), None)
@@ -4406,22 +4394,23 @@ class Batches:
             return
         run = self._run
         files = [name for name in (batch.output_file_id, batch.error_file_id) if name]
-        found = [(await self._client.files.content(name)).content for name in files]
+        found = [(await self._connection.sdk.files.content(name)).content for name in files]
         answers = Answers(run, found)
         jobs = [job for name in part.images if (job := self._jobs.get(name))]
         await handle_all(run, jobs, answers.caption, run.settings.thread_pool)
         if run.stop.cause is not None:
             return
-        if answers.torn or (batch.status == "completed" and not any(found)):  # they are paid for
+        # such answers are paid for
+        if answers.torn or (batch.status == "completed" and not any(found)):
             self._leave(part, "not all answers can be read")
             return
         if answers.missing:
             said = f"{answers.missing} of {len(jobs)} images were not answered ({batch.status})"
-            self._ended_by = StopRun(f"--batch: {said}")
+            self._left_by = StopRun(f"--batch: {said}")
         await self._forget(part, files)
 
     async def _retreat(self, part: Part, batch: Any) -> None:
-        """Try a batch later that found no room; end the run for another that failed."""
+        """Try a batch that found no room later; end the run if it failed otherwise."""
         reply = parse_reply(400, json.dumps({"error": batch.to_dict().get("errors")}))
         if not re.search(NO_ROOM, reply.raw):
             await self._forget(part, [])
@@ -4433,19 +4422,19 @@ class Batches:
         self._has_room = False
 
     async def _forget(self, part: Part, files: Sequence[str]) -> None:
-        """Remove a part here, and its files there, where they would stay for weeks."""
+        """Remove a part here, and its files at the server, which keeps them for weeks."""
         os.unlink(part.path)
         self._parts.remove(part)
         self._run.bill.hold_again(-part.usd)
         self._has_room = True
         for name in (part.file_id, *files):
             with contextlib.suppress(Exception):  # nothing depends on it
-                await self._client.files.delete(name)
+                await self._connection.sdk.files.delete(name)
 
 
-async def send_batches(run: Run, jobs: list[Job], parts: list[Part]) -> None:
-    """Caption images by a Batch API, and those whose parts wait."""
-    folder = batch_folder(run.journal)
+async def send_batches(run: Run, jobs: list[Job]) -> None:
+    """Caption images by a Batch API; some may wait since an earlier run."""
+    folder, parts = batch_folder(run.journal), load_parts(run.journal)
     if any(part.made_with != made_with(run) for part in parts):
         said = "a batch with other settings waits; the same command goes on"
         raise SettingsError(f"{folder}: {said}, or delete the folder to give it up")
@@ -4453,7 +4442,6 @@ async def send_batches(run: Run, jobs: list[Job], parts: list[Part]) -> None:
     for name in os.listdir(folder):  # of a run that was killed before the upload
         if name.endswith(".jsonl"):
             os.unlink(os.path.join(folder, name))
-    check_writable(jobs)
     run.bill.hold_again(sum(part.usd for part in parts))
     connection = open_connection(run.settings)
     async with connection.sdk:
@@ -4461,17 +4449,16 @@ async def send_batches(run: Run, jobs: list[Job], parts: list[Part]) -> None:
 
 
 async def export_lines(run: Run, jobs: list[Job]) -> None:
-    """Write the requests of images into files, for any engine that takes them."""
+    """Write requests into files, for any engine that takes such files."""
     settings, folder = run.settings, str(run.settings.batch_export)
     try:
         os.makedirs(folder)
     except OSError as error:
         raise SettingsError(f"--batch-export: {folder}: {error.strerror}") from None
     parameters = first_parameters(settings)
-    if not re.match(REASONERS, settings.model):  # no answer can teach us: what all engines know
+    if not re.match(REASONERS, settings.model):  # no answer can teach us: take what all know
         parameters = [parameters, *other_parameters(settings, parameters)][-1]
-    new = (job for job in jobs if not job.answer)
-    async for _ in write_parts(run, new, os.path.join(folder, "part-"), parameters, "exported"):
+    async for _ in write_parts(run, jobs, os.path.join(folder, "part-"), parameters, "exported"):
         pass
 
 
@@ -4483,20 +4470,22 @@ async def import_results(run: Run, jobs: list[Job]) -> None:
         raise SettingsError(f"--batch-import: {error.filename}: {error.strerror}") from None
     if answers.torn:
         log.warning("--batch-import: lines that are torn or no results: %d", answers.torn)
-    check_writable(jobs)
     await handle_all(run, jobs, answers.caption, run.settings.thread_pool)
     run.stop.check()
     if answers.missing:
-        said = f"--batch-import: {answers.missing} of {len(jobs)} images have no answer there"
-        differ = "prompt, model, style or images are not those of the export"
-        raise StopRun(said if answers.used else f"{said}; {differ}")
+        said = f"{answers.missing} of {len(jobs)} images have no answer there"
+        if not answers.used:
+            said += "; prompt, model, style or images are not those of the export"
+        log.error("--batch-import: %s", said)
+        run.report.counts["failed"]["no answer"] += answers.missing
+        run.report.left -= answers.missing
 
 
 # --------------------------------------------------------------------------------------------- Undo
 
 
 def restore(kept: str, path: str, journal: Journal, *, dry_run: bool) -> str:
-    """Put an original back if nobody changed the file since; return what became of it."""
+    """Put an original back, unless somebody changed the file since; return what happened."""
     try:
         now = hash_file(path) if has_caption(path) else ""
         if now and now not in {entry.caption_sha256 for entry in journal.past(path)}:
@@ -4505,13 +4494,8 @@ def restore(kept: str, path: str, journal: Journal, *, dry_run: bool) -> str:
             return "would be restored"
         if now:
             journal.keep(path)
-        data = read_file(kept)
-        write_whole(path, data)
+        write_whole(path, read_file(kept))
         shutil.copystat(kept, path)
-        digest = hashlib.sha256(data).hexdigest()
-        made = [entry for entry in journal.past(path)[:-1] if entry.caption_sha256 == digest]
-        if made:  # the last line of a file says what it was made with
-            journal.append(path, dataclasses.replace(made[-1], usd=0.0))
     except OSError as error:
         return f"not restored: {error.strerror}"
     return "restored"
@@ -4539,32 +4523,37 @@ def undo_below(folder: Path, *, dry_run: bool) -> bool:
 
 # ----------------------------------------------------------------------------------------- Commands
 
-CAPTIONING = ("batch", "batch_export", "batch_import")
-COMMANDS = (*CAPTIONING, "fix_encoding", "review", "undo")
-ONLY_FOR = {  # commands that a flag says something to; "" is captioning one by one
+CAPTIONING = {  # "" is captioning one by one
+    "": caption_images,
+    "batch": send_batches,
+    "batch_export": export_lines,
+    "batch_import": import_results,
+}
+OTHERS = ("fix_encoding", "review", "undo")
+ONLY_FOR = {  # flags that have an effect on some commands only
     "local": ("",),
-    "limit": ("", *CAPTIONING),
-    "overwrite": ("", *CAPTIONING),
-    "report": ("", *CAPTIONING, "fix_encoding", "review"),
+    "limit": CAPTIONING,
+    "overwrite": CAPTIONING,
+    "report": (*CAPTIONING, "fix_encoding", "review"),
     "encoding": ("fix_encoding",),
 }
 
 
 def choose_command(settings: Settings) -> str:
     """Return the command, blank for captioning one by one. Raises SettingsError."""
-    chosen = [name for name in COMMANDS if getattr(settings, name)]
+    chosen = [name for name in (*CAPTIONING, *OTHERS) if name and getattr(settings, name)]
     if len(chosen) > 1:
         raise SettingsError(f"{' and '.join(map(flag_of, chosen))}: take one of them")
     command = chosen[0] if chosen else ""
     for name, commands in ONLY_FOR.items():
         if getattr(settings, name) and command not in commands:
             other = flag_of(command) if command else "captioning"
-            raise SettingsError(f"{flag_of(name)}: says nothing to {other}; leave it out")
+            raise SettingsError(f"{flag_of(name)}: has no effect on {other}; leave it out")
     return command
 
 
-def report_on(settings: Settings, bill: Bill | None, work: Callable[[Report], None]) -> int:
-    """Do the work of a command, print its summary, and return the exit code."""
+def run_and_report(settings: Settings, bill: Bill | None, work: Callable[[Report], None]) -> int:
+    """Do a command's work, print its summary, and return the exit code."""
     with open_report(settings.report) as stream:
         report = Report(stream, bill)
         try:
@@ -4582,12 +4571,12 @@ def report_on(settings: Settings, bill: Bill | None, work: Callable[[Report], No
 
 
 def record_done(plan: Iterable[Job | Outcome], report: Report) -> bool:
-    """Record a plan in which nothing is to be done; return False where something is."""
+    """Record a plan that has nothing to do; return False for a plan that has."""
     outcomes = Counter[Outcome]()
     for item in plan:
         if isinstance(item, Job):
             return False
-        # 100,000 paths that nobody reads are heavy
+        # 100,000 paths that nobody reads would take much memory
         is_read = report.stream or item.kind == "failed"
         outcomes[item if is_read else item._replace(path="", caption="")] += 1
     for outcome in outcomes.elements():
@@ -4599,20 +4588,14 @@ def caption_all(run: Run, command: str) -> None:
     """Caption the images of a run whose journal is locked."""
     import asyncio
 
-    parts = load_parts(run.journal)
-    jobs = collect_jobs(run, plan_run(run, waiting_images(parts)))
-    run.report.left, engine = len(jobs), None
+    jobs = collect_jobs(run, plan_run(run, load_parts(run.journal)))
+    run.report.left = len(jobs)
+    check_writable(jobs)
     with contextlib.ExitStack() as stack, contextlib.suppress(asyncio.CancelledError):
         if run.settings.local and any(not job.answer for job in jobs):
             opened = stack.enter_context(open_engine(run.settings, run.recipe.prompt))
-            run, engine = dataclasses.replace(run, settings=opened[0]), opened[1]
-        works: dict[str, Callable[[], Awaitable[None]]] = {
-            "": lambda: caption_images(run, jobs, engine),
-            "batch": lambda: send_batches(run, jobs, parts),
-            "batch_export": lambda: export_lines(run, jobs),
-            "batch_import": lambda: import_results(run, jobs),
-        }
-        asyncio.run(carry_out(run, works[command]))
+            run = dataclasses.replace(run, settings=opened[0], engine=opened[1])
+        asyncio.run(carry_out(run, jobs, CAPTIONING[command]))
 
 
 def run_captions(settings: Settings, command: str) -> int:
@@ -4630,7 +4613,7 @@ def run_captions(settings: Settings, command: str) -> int:
         if not settings.overwrite:
             report.outdated = journal.count_outdated(recipe)
         parts = load_parts(journal)
-        plan = plan_run(run, waiting_images(parts))
+        plan = plan_run(run, parts)
         if settings.dry_run:
             show_plan(run, plan)
             return
@@ -4644,7 +4627,7 @@ def run_captions(settings: Settings, command: str) -> int:
             journal.open()
             caption_all(run, command)
 
-    return report_on(settings, bill, work)
+    return run_and_report(settings, bill, work)
 
 
 def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
@@ -4653,7 +4636,7 @@ def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
     log_findings(run)
     settings, recipe, record = run.settings, run.recipe, run.report.record
     most = math.inf if settings.log_level == "debug" else 3
-    total, asked, examples = Usage(), 0, list[str]()
+    total, asked, planned = Usage(), 0, 0
     for item in plan:
         if isinstance(item, Outcome):
             record(item)
@@ -4669,35 +4652,29 @@ def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
             record(Outcome(item.image, "failed", error.reason, error.detail))
             continue
         record(Outcome(item.image, "planned", how, caption=item.caption))
-        if len(examples) < most:
-            examples.append(f"{item.image} -> {item.caption}")
-    for example in examples:
-        say(example)
-    if more := run.report.counts["planned"].total() - len(examples):
-        say(f"and {more:,} more; -v lists all")
+        planned += 1
+        if planned <= most:
+            say(f"{item.image} -> {item.caption}")
+    if planned > most:
+        say(f"and {planned - most:,} more; -v lists all")
     for line in recipe.lines:
         say(line)
     if settings.log_level == "debug":
         print(recipe.prompt)
     if asked:
-        twice = "; an answer with an excluded word is asked for once more" if recipe.exclude else ""
-        say(describe_cost(settings, asked, total) + twice)
+        say(describe_cost(settings, asked, total))
 
 
 def write_page(page: str, title: str, samples: Sequence[Sample]) -> None:
     """Write the page of a set. Raises SettingsError."""
     path = os.path.realpath(page)
-
-    def is_ours() -> bool:
-        return not os.path.exists(path) or read_file(path)[: len(PAGE_MARK)] in {b"", PAGE_MARK}
-
     try:
-        if write_whole(path, build_page(title, samples, os.path.dirname(path)), is_ours):
-            return
-        said = "is no page of this tool; name another file"
+        if has_caption(path) and not read_file(path).startswith(PAGE_MARK):
+            said = "is not a page of this tool; name another file"
+            raise SettingsError(f"--review: {page}: {said}")
+        write_whole(path, build_page(title, samples, os.path.dirname(path)))
     except OSError as error:
-        said = f"cannot be written: {error.strerror}"
-    raise SettingsError(f"--review: {page}: {said}")
+        raise SettingsError(f"--review: {page}: cannot be written: {error.strerror}") from None
 
 
 def run_review(settings: Settings) -> int:
@@ -4738,7 +4715,7 @@ def run_undo(settings: Settings) -> int:
     return int(not all(undone))
 
 
-def run(settings: Settings) -> int:
+def run_command(settings: Settings) -> int:
     """Carry out what the settings ask for; return the exit code."""
     command = choose_command(settings)
     if command == "undo":
@@ -4747,7 +4724,7 @@ def run(settings: Settings) -> int:
         return run_review(settings)
     if command == "fix_encoding":
         roots = find_roots(settings, "--fix-encoding")
-        return report_on(settings, None, lambda report: run_repair(settings, roots, report))
+        return run_and_report(settings, None, lambda report: run_repair(settings, roots, report))
     return run_captions(settings, command)
 
 
@@ -4755,46 +4732,42 @@ def run(settings: Settings) -> int:
 
 
 class LogFormatter(logging.Formatter):
-    """Log lines with time, worker and level, on one line each; in colour on a terminal."""
-
-    def __init__(self, *, has_colour: bool) -> None:
-        super().__init__("%(asctime)s %(worker)-9s %(levelname)-7s %(message)s", "%H:%M:%S")
-        self._has_colour = has_colour
+    """Writes time, worker, level and message in one line; on a terminal in colour."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Return the line without its traceback."""
         record.worker = name_worker()
         record.message = printable(record.message)
         line = super().formatMessage(record)
-        if not self._has_colour or record.levelno < logging.WARNING:
+        is_plain = record.levelno < logging.WARNING or os.environ.get("NO_COLOR")
+        if is_plain or not sys.stderr.isatty():
             return line
         red, yellow, plain = "\x1b[31m", "\x1b[33m", "\x1b[0m"
         return f"{red if record.levelno >= logging.ERROR else yellow}{line}{plain}"
 
 
 def name_worker() -> str:
-    """Return the name of the worker that is at work."""
+    """Return the name of the worker that logs."""
     import asyncio
 
-    try:
+    with contextlib.suppress(RuntimeError):  # no loop runs
         task = asyncio.current_task()
-    except RuntimeError:  # no loop runs
-        return "main"
-    name = task.get_name() if task else "main"
-    return name if name.startswith("worker-") else "main"
+        if task and task.get_name().startswith("worker-"):
+            return task.get_name()
+    return "main"
 
 
 def set_up_logging(settings: Settings) -> None:
     """Send this tool's log to stderr; libraries keep theirs."""
     handler = logging.StreamHandler(sys.stderr)
-    has_colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    handler.setFormatter(LogFormatter(has_colour=has_colour))
+    form = "%(asctime)s %(worker)-9s %(levelname)-7s %(message)s"
+    handler.setFormatter(LogFormatter(form, "%H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(settings.log_level.upper())
 
 
 def drop_output() -> None:
-    """Forget what the streams cannot take: Python's own end would fail at it."""
+    """Drop what the streams cannot take, which would make Python fail at its end."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -4809,11 +4782,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.reconfigure(errors="backslashreplace")  # a console may know fewer characters
-        # what was closed by who started us (`>&-`) goes nowhere
+        # a stream that was closed before we were started (`>&-`) takes all, and shows nothing
         sys.stdout, sys.stderr = sys.stdout or StringIO(), sys.stderr or StringIO()
         settings = read_settings(sys.argv[1:] if argv is None else argv)
         set_up_logging(settings)
-        code = run(settings)
+        code = run_command(settings)
         print(end="", flush=True)
     except (SettingsError, StopRun) as error:
         lines = map(printable, str(error).split("\n"))
@@ -4822,7 +4795,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         said = f"{error.name} is not installed; type: pip install -r requirements.txt"
         print(f"gen-captions: {said}", file=sys.stderr)
-    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
+    except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         code = 0
     except OSError as error:
         log.log(logging.ERROR, "%s: %s", error.filename or "standard output", error.strerror)
