@@ -4202,7 +4202,6 @@ class Answers:
         self._captioner = Captioner(run, self, pixels=False)
         self._replies: dict[str, Reply] = {}
         self.torn = 0  # lines that are no results
-        self.used = 0  # results that fit an image
         self.missing = 0  # images without an answer
         lines = (line for data in files for line in data.splitlines())
         for line in filter(bytes.strip, lines):
@@ -4231,7 +4230,6 @@ class Answers:
         reply = self._replies.pop(line_id(self._run, question), None)
         if reply is None:
             raise FailImage(NOT_ANSWERED, "")
-        self.used += 1
         if reply.usage:
             question.usage = reply.usage
             question.dollars = self._run.bill.settle(0.0, reply, "batch")
@@ -4272,11 +4270,12 @@ async def write_parts(
         part = Part(f"{path}{number:03}.json", made_with(run), parameters)
         await handle_all(run, take(part), functools.partial(add, part), count_processors())
         run.stop.check()
+        if part.images:
+            yield part
+        if too_dear:
+            raise too_dear[0]
         if not part.images:
-            break
-        yield part
-    if too_dear:
-        raise too_dear[0]
+            return
 
 
 class Batches:
@@ -4410,7 +4409,7 @@ class Batches:
         await self._forget(part, files)
 
     async def _retreat(self, part: Part, batch: Any) -> None:
-        """Try a batch that found no room later; end the run if it failed otherwise."""
+        """Try a batch again later if it found no room; if it failed otherwise, end the run."""
         reply = parse_reply(400, json.dumps({"error": batch.to_dict().get("errors")}))
         if not re.search(NO_ROOM, reply.raw):
             await self._forget(part, [])
@@ -4474,7 +4473,7 @@ async def import_results(run: Run, jobs: list[Job]) -> None:
     run.stop.check()
     if answers.missing:
         said = f"{answers.missing} of {len(jobs)} images have no answer there"
-        if not answers.used:
+        if answers.missing == len(jobs):
             said += "; prompt, model, style or images are not those of the export"
         log.error("--batch-import: %s", said)
         run.report.counts["failed"]["no answer"] += answers.missing
@@ -4486,9 +4485,10 @@ async def import_results(run: Run, jobs: list[Job]) -> None:
 
 def restore(kept: str, path: str, journal: Journal, *, dry_run: bool) -> str:
     """Put an original back, unless somebody changed the file since; return what happened."""
+    ours = {entry.caption_sha256: entry for entry in journal.past(path)}
     try:
         now = hash_file(path) if has_caption(path) else ""
-        if now and now not in {entry.caption_sha256 for entry in journal.past(path)}:
+        if now and now not in ours:
             return "changed by you since, left alone"
         if dry_run:
             return "would be restored"
@@ -4496,6 +4496,8 @@ def restore(kept: str, path: str, journal: Journal, *, dry_run: bool) -> str:
             journal.keep(path)
         write_whole(path, read_file(kept))
         shutil.copystat(kept, path)
+        if entry := ours.get(hash_file(kept)):  # the last line of a file says how it was made
+            journal.append(path, dataclasses.replace(entry, usd=0.0))
     except OSError as error:
         return f"not restored: {error.strerror}"
     return "restored"
@@ -4617,7 +4619,7 @@ def run_captions(settings: Settings, command: str) -> int:
         if settings.dry_run:
             show_plan(run, plan)
             return
-        is_waiting = bool(settings.batch and parts)
+        is_waiting = settings.batch and parts
         if not is_waiting and record_done(plan, report):
             return
         if command in {"", "batch"}:
@@ -4670,7 +4672,7 @@ def write_page(page: str, title: str, samples: Sequence[Sample]) -> None:
     path = os.path.realpath(page)
     try:
         if has_caption(path) and not read_file(path).startswith(PAGE_MARK):
-            said = "is not a page of this tool; name another file"
+            said = "is no page of this tool; name another file"
             raise SettingsError(f"--review: {page}: {said}")
         write_whole(path, build_page(title, samples, os.path.dirname(path)))
     except OSError as error:

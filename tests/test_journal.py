@@ -548,7 +548,7 @@ def test_what_a_person_wrote_after_a_kill_is_kept_too(tool: Tool) -> None:
     assert (captions / "a.txt").read_bytes() == b"by hand: caf\xe9, a red cup by the window"
 
 
-def test_after_undo_the_journal_still_knows_what_stands(
+def test_undo_says_in_the_journal_what_stands_now(
     tool: Tool, server: Server, make_image: ImageMaker
 ) -> None:
     make_image("a.png")
@@ -557,4 +557,5 @@ def test_after_undo_the_journal_still_knows_what_stands(
     tool("images", "--overwrite", "--prompt", "Other words.")
     tool("--undo", "images")
     assert "made with another" not in tool("images").stderr
+    assert "1 caption was made with another" in tool("images", "--prompt", "Other words.").stderr
     assert "(up to date)" in tool("images", "--overwrite").stderr
