@@ -3720,10 +3720,7 @@ class Run:
 
 
 def plan_run(run: Run, parts: Iterable[Part]) -> Iterator[Job | Outcome]:
-    """Yield what to do about each image; those in `parts` wait for the answers of batches.
-
-    Raises SettingsError where there is no image.
-    """
+    """Yield what to do about each image. Raises SettingsError if there is none."""
     settings, recipe = run.settings, run.recipe
     waiting = {name for part in parts for name in part.images}
     left = settings.limit or math.inf
@@ -3735,7 +3732,8 @@ def plan_run(run: Run, parts: Iterable[Part]) -> Iterator[Job | Outcome]:
             yield found
             continue
         is_empty = False
-        item, why = judge_pair(found, run.journal, recipe, overwrite=settings.overwrite), ""
+        item = judge_pair(found, run.journal, recipe, overwrite=settings.overwrite)
+        why = ""
         if isinstance(item, Job) and run.name(item) in waiting:
             why = "" if settings.batch and not settings.dry_run else "waits in a batch"
         elif isinstance(item, Job):
@@ -3749,7 +3747,7 @@ def plan_run(run: Run, parts: Iterable[Part]) -> Iterator[Job | Outcome]:
 
 
 def collect_jobs(run: Run, plan: Iterable[Job | Outcome]) -> list[Job]:
-    """Return the jobs of a plan and record the rest; images that failed before come last."""
+    """Return a plan's jobs, those that failed before last; record the rest."""
     jobs: list[Job] = []
     failed: list[Job] = []
     for item in plan:
@@ -3757,24 +3755,26 @@ def collect_jobs(run: Run, plan: Iterable[Job | Outcome]) -> list[Job]:
             run.report.record(item)
             continue
         past = run.journal.past(item.caption)
-        has_failed = past and past[-1].outcome == "failed"
-        (failed if has_failed else jobs).append(item)
+        if past and past[-1].outcome == "failed":
+            failed.append(item)
+        else:
+            jobs.append(item)
     return jobs + failed
 
 
 def check_writable(jobs: Iterable[Job]) -> None:
-    """Raise StopRun, before anything is paid for, where captions cannot be saved."""
+    """Raise StopRun, before anything is paid, where captions cannot be saved."""
     for folder in sorted({os.path.dirname(job.caption) for job in jobs}):
         place = os.path.abspath(folder)
         while not os.path.lexists(place):
             place = os.path.dirname(place)
         if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
-            said = f"{place} is not a folder that you may write to"
+            said = f"{place} is no folder to write to"
             raise StopRun(f"{folder}: cannot save captions there: {said}")
 
 
 def check_key(settings: Settings) -> None:
-    """Raise the SettingsError that says what to do where a key is missing."""
+    """Raise a SettingsError where a key is missing."""
     if settings.local:
         check_local(settings.local)
     if is_this_machine(settings.base_url) or not re.fullmatch(NO_KEY, settings.api_key):
@@ -3792,7 +3792,7 @@ def check_key(settings: Settings) -> None:
 
 
 def log_findings(run: Run) -> None:
-    """Warn of what is wrong with the config folder or with the way to the server."""
+    """Say what is worth knowing before anything is sent."""
     for finding in run.recipe.findings:
         log.warning("%s: %s", finding.path, finding.detail)
     url = run.settings.base_url
@@ -3803,7 +3803,7 @@ def log_findings(run: Run) -> None:
 
 @contextlib.contextmanager
 def end_on_signals(stop: Stop) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM end the run in order, and the second end it at once."""
+    """Let the first Ctrl-C or SIGTERM end the run in order, the second at once."""
     import asyncio
 
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -3831,7 +3831,7 @@ BUSY_S = 0.02  # before a thread hands back what it has done
 
 
 def read_words(path: str) -> str:
-    """Return what a caption file says, in one line; blank where it cannot be read as UTF-8."""
+    """Return a caption file's text in one line, blank if it is not UTF-8."""
     try:
         return " ".join(read_file(path).decode("utf-8-sig").split())
     except (OSError, UnicodeDecodeError):
@@ -3841,13 +3841,13 @@ def read_words(path: str) -> str:
 def make_prompt(recipe: Recipe, job: Job) -> str:
     """Return the prompt for one image."""
     hint = ""
-    if "{caption}" in recipe.prompt:  # with --caption-ext caption, tags may stand in a .txt
+    if "{caption}" in recipe.prompt:  # or the tags in a .txt, if captions end in .caption
         hint = read_words(job.caption) or read_words(os.path.splitext(job.image)[0] + ".txt")
     return fill_prompt(recipe, job.image, hint)
 
 
 def expect(settings: Settings, recipe: Recipe, job: Job) -> Usage:
-    """Return about how many tokens an image will take, by its header. Raises FailImage."""
+    """Return about what an image will take, by its header. Raises FailImage."""
     try:
         with open(os.open(job.image, READ_ONLY), "rb") as file:
             size = measure_image(file, settings.max_side)
@@ -3892,7 +3892,7 @@ def finish_entry(question: Question, **changes: Any) -> Entry:
 
 
 def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
-    """Make the caption of an answer, and write it. Runs in a thread. Raises StopRun."""
+    """Write an answer's caption. Runs in a thread. Raises StopRun."""
     job = question.job
     replaces = job.replaces.caption_sha256 if job.replaces else ""
     text, notes = finish_caption(answer, run.recipe)
@@ -3912,7 +3912,7 @@ def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
 
 
 def keep_failure(run: Run, question: Question, reason: str) -> None:
-    """Write the journal's line of an image that gets no caption. Runs in a thread."""
+    """Tell the journal of an image without a caption. Runs in a thread."""
     entry = finish_entry(question, outcome="refused" if reason == "refused" else "failed")
     with contextlib.suppress(OSError):  # then it is asked again next time
         run.journal.append(question.job.caption, entry, image=question.job.image, reason=reason)
@@ -3921,8 +3921,8 @@ def keep_failure(run: Run, question: Question, reason: str) -> None:
 class Threads:
     """Does blocking work in a few threads.
 
-    To hand work over to a thread and back takes as long as a small image does. So a thread takes
-    all the work that waits, and hands back what it has done after a moment.
+    A hand-over between threads takes as long as a small image. So a thread does
+    what waits, for a moment, and hands back all results at once.
     """
 
     def __init__(self, number: int) -> None:
@@ -3953,7 +3953,7 @@ class Threads:
         self._tasks.discard(asyncio.current_task())
 
     def _work(self) -> list[tuple[Future[Any], Callable[[Any], None], Any]]:
-        """Do what waits, for a moment; return what is to be done with each result."""
+        """Do what waits, for a moment; return how to settle it."""
         done: list[tuple[Future[Any], Callable[[Any], None], Any]] = []
         end = time.monotonic() + BUSY_S
         with contextlib.suppress(IndexError):  # nothing waits
@@ -3969,7 +3969,7 @@ class Threads:
 class Captioner:
     """Takes one image from file to caption: load, ask, keep.
 
-    Without an asker it only loads. `pixels` are for images that are still to be sent.
+    Without an asker it only loads; without `pixels` nothing is to be sent.
     """
 
     def __init__(
@@ -3979,8 +3979,8 @@ class Captioner:
         self._run = run
         self._asker = asker
         self._pixels = pixels
-        # threads wait for each other now and then, so there is one more than processors; with
-        # still more, only memory would grow
+        # threads wait for each other now and then, so there is one more than
+        # processors; with still more, only memory would grow
         self._decoders = Threads(count_processors() + 1)
         self._writer = Threads(1)
 
@@ -3990,7 +3990,7 @@ class Captioner:
         return question
 
     async def caption(self, job: Job) -> Outcome:
-        """Caption one image. Raises FailImage or StopRun, once the journal has a line of it."""
+        """Caption one image. Raises FailImage or StopRun, which the journal has then."""
         import asyncio
 
         run = self._run
@@ -4005,12 +4005,12 @@ class Captioner:
         task = asyncio.ensure_future(self._writer.do(keep_caption, run, question, answer))
         try:
             outcome: Outcome = await asyncio.shield(task)
-        except asyncio.CancelledError:  # the caption is written all the same, and counts
+        except asyncio.CancelledError:  # what is written counts
             outcome = await task
         return outcome
 
     async def _ask(self, question: Question) -> str:
-        """Return an answer; if it has excluded words, ask once more and take the better one."""
+        """Return an answer, the better of two if the first has excluded words."""
         assert self._asker
         exclude = self._run.recipe.exclude
         answer = await self._asker.ask(question)
@@ -4021,7 +4021,7 @@ class Captioner:
                 answer = min(second, answer, key=lambda text: len(find_excluded(text, exclude)))
             except FailImage as error:
                 log.debug("%s: %s; the first answer is kept", question.job.image, error)
-            except StopRun as cause:  # the first answer is paid for, and is kept
+            except StopRun as cause:  # the first answer is paid for
                 self._run.stop.set(cause)
         return answer
 
@@ -4032,9 +4032,9 @@ async def handle_all(
     handle: Callable[[Job], Awaitable[Outcome | None]],
     workers: int,
 ) -> None:
-    """Handle each job by one of the workers; the one place where exceptions become outcomes.
+    """Handle each job in a worker; here alone exceptions become outcomes.
 
-    All workers take from one iterator, so it yields a job only when a worker is free.
+    The workers share the iterator, so a job is made when one is free.
     """
     import asyncio
 
@@ -4067,7 +4067,7 @@ async def handle_all(
 
 
 async def ask_first(run: Run, asker: Asker, jobs: Iterator[Job]) -> None:
-    """Caption one image after another until an answer has taught what the server takes."""
+    """Caption one image after another until we know what the server takes."""
     caption = Captioner(run, asker).caption
     while not asker.is_settled and (job := next(jobs, None)):
         await handle_all(run, [job], caption, 1)
@@ -4075,7 +4075,7 @@ async def ask_first(run: Run, asker: Asker, jobs: Iterator[Job]) -> None:
 
 
 async def caption_images(run: Run, jobs: list[Job]) -> None:
-    """Caption images one by one; the end of our own engine is the end of the run."""
+    """Caption images one by one. When our own engine ends, the run ends."""
     import asyncio
 
     queue, connection = iter(jobs), open_connection(run.settings)
@@ -4136,17 +4136,17 @@ class Part:
         return f"{self.path}l"
 
     def save(self) -> None:
-        """Write the part down for the next run. Raises OSError."""
+        """Keep it for the next run. Raises OSError."""
         write_whole(self.path, json.dumps(dataclasses.asdict(self)).encode())
 
 
 def batch_folder(journal: Journal) -> str:
-    """Return the folder of the parts that wait for answers."""
+    """Return the folder of the parts that wait."""
     return os.path.join(journal.folder, "batch")
 
 
 def load_parts(journal: Journal) -> list[Part]:
-    """Return the parts that wait for answers, oldest first. Raises SettingsError."""
+    """Return the parts that wait, oldest first. Raises SettingsError."""
     parts = []
     for path in sorted(map(str, Path(batch_folder(journal)).glob("*.json"))):
         try:
@@ -4157,7 +4157,7 @@ def load_parts(journal: Journal) -> list[Part]:
 
 
 def made_with(run: Run) -> str:
-    """Return the fingerprint of what must be the same when answers are collected."""
+    """Return what must be the same when answers are collected."""
     image_dir = os.path.realpath(run.image_dir)
     return fingerprint(run.recipe.identity, run.settings.overwrite, image_dir)
 
@@ -4183,19 +4183,19 @@ def write_line(run: Run, part: Part, question: Question) -> None:
 
 
 def parse_result(line: bytes) -> tuple[str, Reply]:
-    """Return a result's id and reply. Raises ValueError or TypeError for what is no result."""
+    """Return a result's id and reply. Raises ValueError or TypeError."""
     found = json.loads(line)
     custom_id, response, error = (dig(found, name) for name in ("custom_id", "response", "error"))
     if not isinstance(custom_id, str) or "body" in found:  # a request has a body
         raise ValueError
-    # some versions of vLLM have the completion itself as the response
+    # some versions of vLLM give the completion itself
     body = response if dig(response, "choices") else dig(response, "body")
     status = dig(response, "status_code") or (200 if body else 0)
     return custom_id, parse_reply(status, json.dumps(body or {"error": error}))
 
 
 class Answers:
-    """The answers in files of results, in any order; takes the place of an Asker."""
+    """The answers in files of results; takes the place of an Asker."""
 
     def __init__(self, run: Run, files: Iterable[bytes]) -> None:
         self._run = run
@@ -4211,7 +4211,7 @@ class Answers:
                 self.torn += 1
                 continue
             known = self._replies.get(custom_id)
-            # without a status the image was never asked about: the batch expired
+            # without a status it was never asked: the batch expired
             if reply.status and (not known or known.error):
                 self._replies[custom_id] = reply
 
@@ -4244,8 +4244,8 @@ async def write_parts(
 ) -> AsyncIterator[Part]:
     """Write requests into files, and yield each part when it is written.
 
-    Images whose request is written get an outcome of this kind, if any. Raises StopRun, after the
-    last part, where --max-cost leaves images out.
+    `kind` is the images' outcome, if any. Raises StopRun, after the last part,
+    where --max-cost leaves images out.
     """
     captioner, queue, too_dear = Captioner(run), iter(jobs), list[StopRun]()
     parameters.pop("service_tier", None)  # the Batch API is a tier of its own
@@ -4294,7 +4294,7 @@ class Batches:
         self._parameters = parts[0].parameters if parts else None
         self._failures = 0  # in a row
         self._has_room = True  # for another batch, at the server
-        self._left_by: StopRun | None = None  # why some images get no caption in this run
+        self._left_by: StopRun | None = None  # why images are left
 
     async def work(self) -> None:
         """Collect what waits, send the other images, and wait for all. Raises StopRun."""
@@ -4310,9 +4310,9 @@ class Batches:
             raise self._left_by
 
     async def _send(self, jobs: Sequence[Job]) -> None:
-        """Put images into parts. The first image is asked at once, if no part has parameters."""
+        """Put images into parts; the first is asked at once if no part has parameters."""
         run, queue = self._run, iter(jobs)
-        if self._parameters is None:  # so a wrong key is known now and not tomorrow
+        if self._parameters is None:  # a wrong key is known now and not tomorrow
             asker = Asker(self._connection, run.settings, run.recipe, run.bill, run.stop)
             await ask_first(run, asker, queue)
             self._parameters = asker.parameters
@@ -4336,13 +4336,13 @@ class Batches:
                 self._judge(part, error)
 
     def _judge(self, part: Part, error: Exception) -> None:
-        """After an error: try again, leave the part to the next run, or end this run."""
+        """Try again, leave the part to the next run, or end this run."""
         run = self._run
         try:
             cause = judge_error(describe_failure(error, run.settings))
         except OSError:  # of our own files
             raise
-        except Exception:  # of the SDK, which takes any web page for its own object
+        except Exception:  # the SDK takes a web page for an object
             cause = FailImage("broken answer", repr(error), retry_after_s=0.0)
         self._failures += 1
         if isinstance(cause, StopRun):
@@ -4375,7 +4375,7 @@ class Batches:
             await self._create(part)
 
     async def _create(self, part: Part) -> None:
-        """Create the batch of a part, unless an earlier try did and its answer was lost."""
+        """Create a part's batch, unless a try did whose answer was lost."""
         batches = self._connection.sdk.batches
         newest = await batches.list(limit=100)
         found = (one for one in newest.data if one.input_file_id == part.file_id)
@@ -4409,7 +4409,7 @@ class Batches:
         await self._forget(part, files)
 
     async def _retreat(self, part: Part, batch: Any) -> None:
-        """Try a batch again later if it found no room; if it failed otherwise, end the run."""
+        """Wait with a batch that found no room; end the run for another."""
         reply = parse_reply(400, json.dumps({"error": batch.to_dict().get("errors")}))
         if not re.search(NO_ROOM, reply.raw):
             await self._forget(part, [])
@@ -4421,7 +4421,7 @@ class Batches:
         self._has_room = False
 
     async def _forget(self, part: Part, files: Sequence[str]) -> None:
-        """Remove a part here, and its files at the server, which keeps them for weeks."""
+        """Remove a part here, and its files there, where they stay for weeks."""
         os.unlink(part.path)
         self._parts.remove(part)
         self._run.bill.hold_again(-part.usd)
@@ -4432,7 +4432,7 @@ class Batches:
 
 
 async def send_batches(run: Run, jobs: list[Job]) -> None:
-    """Caption images by a Batch API; some may wait since an earlier run."""
+    """Caption images by a Batch API, also those that wait."""
     folder, parts = batch_folder(run.journal), load_parts(run.journal)
     if any(part.made_with != made_with(run) for part in parts):
         said = "a batch with other settings waits; the same command goes on"
@@ -4448,14 +4448,14 @@ async def send_batches(run: Run, jobs: list[Job]) -> None:
 
 
 async def export_lines(run: Run, jobs: list[Job]) -> None:
-    """Write requests into files, for any engine that takes such files."""
+    """Write requests into files, for any engine."""
     settings, folder = run.settings, str(run.settings.batch_export)
     try:
         os.makedirs(folder)
     except OSError as error:
         raise SettingsError(f"--batch-export: {folder}: {error.strerror}") from None
     parameters = first_parameters(settings)
-    if not re.match(REASONERS, settings.model):  # no answer can teach us: take what all know
+    if not re.match(REASONERS, settings.model):  # no answer can teach us: what all engines know
         parameters = [parameters, *other_parameters(settings, parameters)][-1]
     async for _ in write_parts(run, jobs, os.path.join(folder, "part-"), parameters, "exported"):
         pass
@@ -4734,7 +4734,7 @@ def run_command(settings: Settings) -> int:
 
 
 class LogFormatter(logging.Formatter):
-    """Writes time, worker, level and message in one line; on a terminal in colour."""
+    """Time, worker, level and message in one line, in colour on a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Return the line without its traceback."""
@@ -4769,7 +4769,7 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def drop_output() -> None:
-    """Drop what the streams cannot take, which would make Python fail at its end."""
+    """Drop what the streams cannot take: Python's own end would fail at it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -4784,7 +4784,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.reconfigure(errors="backslashreplace")  # a console may know fewer characters
-        # a stream that was closed before we were started (`>&-`) takes all, and shows nothing
+        # what was closed by who started us (`>&-`) goes nowhere
         sys.stdout, sys.stderr = sys.stdout or StringIO(), sys.stderr or StringIO()
         settings = read_settings(sys.argv[1:] if argv is None else argv)
         set_up_logging(settings)
