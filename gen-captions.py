@@ -3587,36 +3587,34 @@ class Run:
     report: Report
     bill: Bill
     stop: Stop
+    engine: subprocess.Popen[str] | None = None  # of --local
 
     def name(self, job: Job) -> str:
         """Return an image's path below the image folder."""
         return name_below(self.image_dir, job.image)
 
 
-def plan_run(run: Run, waiting: set[str]) -> Iterator[Job | Outcome]:
-    """Yield what is to be done about each image; `waiting` are those that batches have.
-
-    Raises SettingsError where there is no image.
-    """
+def plan_run(run: Run, parts: Iterable[Part]) -> Iterator[Job | Outcome]:
+    """Yield what to do about each image. Raises SettingsError if there is none."""
     settings, recipe = run.settings, run.recipe
+    waiting = {name for part in parts for name in part.images}
     left = settings.limit or math.inf
     left -= len(waiting) if settings.batch else 0
     is_empty = True
-    for pair in walk_images(run.image_dir, settings.caption_dir, recipe.caption_ext):
-        is_empty &= isinstance(pair, Outcome) and pair.kind == "skipped"
-        if isinstance(pair, Outcome):
-            yield pair
+    for found in walk_images(run.image_dir, settings.caption_dir, recipe.caption_ext):
+        if isinstance(found, Outcome):
+            is_empty &= found.kind == "skipped"  # a video, for example
+            yield found
             continue
-        item = judge_pair(pair, run.journal, recipe, overwrite=settings.overwrite)
-        if isinstance(item, Outcome):
-            yield item
-            continue
-        if run.name(item) in waiting:
+        is_empty = False
+        item = judge_pair(found, run.journal, recipe, overwrite=settings.overwrite)
+        why = ""
+        if isinstance(item, Job) and run.name(item) in waiting:
             why = "" if settings.batch and not settings.dry_run else "waits in a batch"
-        else:
+        elif isinstance(item, Job):
             left -= 1
             why = "" if left >= 0 else "over --limit"
-        yield Outcome(item.image, "skipped", why, caption=item.caption) if why else item
+        yield Outcome(found.image, "skipped", why, caption=found.caption) if why else item
     if is_empty:
         looked = f"looked for {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}"
         said = f"no images there or below; {looked}"
@@ -3624,31 +3622,34 @@ def plan_run(run: Run, waiting: set[str]) -> Iterator[Job | Outcome]:
 
 
 def collect_jobs(run: Run, plan: Iterable[Job | Outcome]) -> list[Job]:
-    """Return the jobs of a plan, those that failed before last; the report gets the rest."""
+    """Return a plan's jobs, those that failed before last; record the rest."""
     jobs: list[Job] = []
+    failed: list[Job] = []
     for item in plan:
-        if isinstance(item, Job):
-            jobs.append(item)
-        else:
+        if isinstance(item, Outcome):
             run.report.record(item)
-    past = run.journal.past
-    jobs.sort(key=lambda job: [entry.outcome for entry in past(job.caption)[-1:]] == ["failed"])
-    return jobs
+            continue
+        past = run.journal.past(item.caption)
+        if past and past[-1].outcome == "failed":
+            failed.append(item)
+        else:
+            jobs.append(item)
+    return jobs + failed
 
 
 def check_writable(jobs: Iterable[Job]) -> None:
-    """Raise StopRun, before anything is paid, where captions could not be kept."""
+    """Raise StopRun, before anything is paid, where captions cannot be saved."""
     for folder in sorted({os.path.dirname(job.caption) for job in jobs}):
         place = os.path.abspath(folder)
         while not os.path.lexists(place):
             place = os.path.dirname(place)
         if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
-            said = f"{place} is no folder that may be written to"
+            said = f"{place} is no folder to write to"
             raise StopRun(f"{folder}: cannot save captions there: {said}")
 
 
 def check_key(settings: Settings) -> None:
-    """Raise the SettingsError that shows the ways on where a key is needed."""
+    """Raise a SettingsError where a key is missing."""
     if settings.local:
         check_local(settings.local)
     if is_this_machine(settings.base_url) or not re.fullmatch(NO_KEY, settings.api_key):
@@ -3666,9 +3667,9 @@ def check_key(settings: Settings) -> None:
 
 
 def log_findings(run: Run) -> None:
-    """Say once what is worth knowing before anything is sent."""
-    for _, path, detail in run.recipe.findings:
-        log.warning("%s: %s", path, detail)
+    """Say what is worth knowing before anything is sent."""
+    for finding in run.recipe.findings:
+        log.warning("%s: %s", finding.path, finding.detail)
     url = run.settings.base_url
     if url.startswith("http://") and not is_this_machine(url):
         said = "OPENAI_BASE_URL is plain http: others can read key and images on the way to %s"
@@ -3677,7 +3678,7 @@ def log_findings(run: Run) -> None:
 
 @contextlib.contextmanager
 def end_on_signals(stop: Stop) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM end the run in order, and the second cancel it."""
+    """Let the first Ctrl-C or SIGTERM end the run in order, the second at once."""
     import asyncio
 
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -3701,11 +3702,11 @@ def end_on_signals(stop: Stop) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ Caption
 
 NOT_ANSWERED = "not answered"  # in a batch
-HANDOVER_S = 0.02  # between two of them
+BUSY_S = 0.02  # before a thread hands back what it has done
 
 
 def read_words(path: str) -> str:
-    """Return what a caption file says in one line, blank for no UTF-8."""
+    """Return a caption file's text in one line, blank if it is not UTF-8."""
     try:
         return " ".join(read_file(path).decode("utf-8-sig").split())
     except (OSError, UnicodeDecodeError):
@@ -3715,7 +3716,7 @@ def read_words(path: str) -> str:
 def make_prompt(recipe: Recipe, job: Job) -> str:
     """Return the prompt for one image."""
     hint = ""
-    if "{caption}" in recipe.prompt:  # or the tags beside it, where captions end in .caption
+    if "{caption}" in recipe.prompt:  # or the tags in a .txt, if captions end in .caption
         hint = read_words(job.caption) or read_words(os.path.splitext(job.image)[0] + ".txt")
     return fill_prompt(recipe, job.image, hint)
 
@@ -3731,7 +3732,7 @@ def expect(settings: Settings, recipe: Recipe, job: Job) -> Usage:
 
 
 def load_question(run: Run, job: Job, pixels: bool) -> Question:
-    """Return what is to be asked about an image. Runs in a thread. Raises FailImage."""
+    """Return the question about an image. Runs in a thread. Raises FailImage."""
     settings, recipe = run.settings, run.recipe
     try:
         changed_ns = os.stat(job.image).st_mtime_ns
@@ -3766,7 +3767,7 @@ def finish_entry(question: Question, **changes: Any) -> Entry:
 
 
 def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
-    """Write the caption that an answer comes to. Runs in a thread. Raises FailImage, StopRun."""
+    """Write an answer's caption. Runs in a thread. Raises StopRun."""
     job = question.job
     replaces = job.replaces.caption_sha256 if job.replaces else ""
     text, notes = finish_caption(answer, run.recipe)
@@ -3776,8 +3777,6 @@ def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
             job.caption, f"{text}\n".encode(), entry, replaces=replaces, image=job.image
         )
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise FailImage("not written", f"{error.strerror}; the answer was: {text}") from error
         # each answer that is paid for is shown, also those after the first that is not saved
         log.log(logging.ERROR, "%s: not saved; the answer was: %s", job.caption, text)
         raise StopRun(f"{job.caption}: cannot save captions: {error.strerror}") from error
@@ -3788,7 +3787,7 @@ def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
 
 
 def keep_failure(run: Run, question: Question, reason: str) -> None:
-    """Write the journal's line of an image without a caption. Runs in a thread."""
+    """Tell the journal of an image without a caption. Runs in a thread."""
     entry = finish_entry(question, outcome="refused" if reason == "refused" else "failed")
     with contextlib.suppress(OSError):  # then it is asked again next time
         run.journal.append(question.job.caption, entry, image=question.job.image, reason=reason)
@@ -3797,14 +3796,14 @@ def keep_failure(run: Run, question: Question, reason: str) -> None:
 class Threads:
     """Does blocking work in a few threads.
 
-    A hand-over between threads costs as much as a small image, so a thread goes on for a moment
-    with what waits before it hands back what is done.
+    A hand-over between threads takes as long as a small image. So a thread does
+    what waits, for a moment, and hands back all results at once.
     """
 
     def __init__(self, number: int) -> None:
-        self._idle = number
+        self._number = number
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._tasks = set[Any]()  # the loop itself would forget them
+        self._tasks = set[Any]()  # one for each thread at work
 
     async def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return what a function returns, or raise what it raises."""
@@ -3812,42 +3811,40 @@ class Threads:
 
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((future, functools.partial(function, *arguments)))
-        if self._idle:
-            self._idle -= 1
+        if len(self._tasks) < self._number:
             self._tasks.add(asyncio.create_task(self._keep_busy()))
         return await future
 
     async def _keep_busy(self) -> None:
-        """Keep one thread busy while anything waits."""
+        """Keep one thread busy while any work waits."""
+        import asyncio
+
         from aiofiles.os import wrap
 
         while self._waiting:
-            for future, result in await wrap(self._do_some)():
-                if future.cancelled():
-                    continue
-                if isinstance(result, Exception):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
-        self._idle += 1
+            for future, settle, result in await wrap(self._work)():
+                if not future.cancelled():
+                    settle(result)
+        self._tasks.discard(asyncio.current_task())
 
-    def _do_some(self) -> list[tuple[Future[Any], Any]]:
-        done: list[tuple[Future[Any], Any]] = []
-        end = time.monotonic() + HANDOVER_S
+    def _work(self) -> list[tuple[Future[Any], Callable[[Any], None], Any]]:
+        """Do what waits, for a moment; return how to settle it."""
+        done: list[tuple[Future[Any], Callable[[Any], None], Any]] = []
+        end = time.monotonic() + BUSY_S
         with contextlib.suppress(IndexError):  # nothing waits
             while time.monotonic() < end:
                 future, function = self._waiting.popleft()
                 try:
-                    done.append((future, function()))
+                    done.append((future, future.set_result, function()))
                 except Exception as error:
-                    done.append((future, error))
+                    done.append((future, future.set_exception, error))
         return done
 
 
 class Captioner:
     """Takes one image from file to caption: load, ask, keep.
 
-    Without an asker it only loads; without `pixels` the image was asked about before.
+    Without an asker it only loads; without `pixels` nothing is to be sent.
     """
 
     def __init__(
@@ -3857,18 +3854,18 @@ class Captioner:
         self._run = run
         self._asker = asker
         self._pixels = pixels
-        # one more than there are processors, since threads wait for each other now and then;
-        # with more of them only memory would grow
+        # threads wait for each other now and then, so there is one more than
+        # processors; with still more, only memory would grow
         self._decoders = Threads(count_processors() + 1)
         self._writer = Threads(1)
 
     async def load(self, job: Job) -> Question:
-        """Return what is to be asked about an image. Raises FailImage."""
+        """Return the question about an image. Raises FailImage."""
         question: Question = await self._decoders.do(load_question, self._run, job, self._pixels)
         return question
 
     async def caption(self, job: Job) -> Outcome:
-        """Caption one image. Raises FailImage or StopRun, after the journal's line of that."""
+        """Caption one image. Raises FailImage or StopRun, which the journal has then."""
         import asyncio
 
         run = self._run
@@ -3883,12 +3880,12 @@ class Captioner:
         task = asyncio.ensure_future(self._writer.do(keep_caption, run, question, answer))
         try:
             outcome: Outcome = await asyncio.shield(task)
-        except asyncio.CancelledError:  # what is written is counted
+        except asyncio.CancelledError:  # what is written counts
             outcome = await task
         return outcome
 
     async def _ask(self, question: Question) -> str:
-        """Return an answer; of one with excluded words, the better of two."""
+        """Return an answer, the better of two if the first has excluded words."""
         assert self._asker
         exclude = self._run.recipe.exclude
         answer = await self._asker.ask(question)
@@ -3899,7 +3896,7 @@ class Captioner:
                 answer = min(second, answer, key=lambda text: len(find_excluded(text, exclude)))
             except FailImage as error:
                 log.debug("%s: %s; the first answer is kept", question.job.image, error)
-            except StopRun as cause:  # the first answer is paid for, and serves
+            except StopRun as cause:  # the first answer is paid for
                 self._run.stop.set(cause)
         return answer
 
@@ -3910,7 +3907,7 @@ async def handle_all(
     handle: Callable[[Job], Awaitable[Outcome | None]],
     workers: int,
 ) -> None:
-    """Handle each job in one of N workers; the one place where exceptions become outcomes.
+    """Handle each job in a worker; here alone exceptions become outcomes.
 
     The workers share the iterator, so a job is made when one is free.
     """
@@ -3930,7 +3927,7 @@ async def handle_all(
             except StopRun as cause:
                 run.stop.set(cause)
                 return
-            except Exception as error:  # a fault of this program must not end the run either
+            except Exception as error:  # not even a fault of ours may end the run
                 log.debug("%s: unexpected", job.image, exc_info=True)
                 said = f"{error!r}; please report it, with -v"
                 outcome = Outcome(job.image, "failed", "unexpected", said)
@@ -3944,46 +3941,39 @@ async def handle_all(
             group.create_task(work(), name=f"worker-{number + 1}")
 
 
-async def keep_known(run: Run, jobs: Sequence[Job]) -> Iterator[Job]:
-    """Caption the images whose answers are known, and return the others."""
-    known = [job for job in jobs if job.answer]
-    await handle_all(run, known, Captioner(run).caption, run.settings.thread_pool)
-    return iter([job for job in jobs if not job.answer])
-
-
 async def ask_first(run: Run, asker: Asker, jobs: Iterator[Job]) -> None:
-    """Caption one image after another until the server has answered as it will."""
+    """Caption one image after another until we know what the server takes."""
     caption = Captioner(run, asker).caption
     while not asker.is_settled and (job := next(jobs, None)):
         await handle_all(run, [job], caption, 1)
         run.stop.check()
 
 
-async def caption_images(
-    run: Run, jobs: Sequence[Job], engine: subprocess.Popen[str] | None
-) -> None:
-    """Caption images one by one; where our own engine is asked, its end is the run's."""
+async def caption_images(run: Run, jobs: list[Job]) -> None:
+    """Caption images one by one. When our own engine ends, the run ends."""
     import asyncio
 
-    check_writable(jobs)
-    connection = open_connection(run.settings)
+    queue, connection = iter(jobs), open_connection(run.settings)
     async with connection.sdk:
-        watch = asyncio.create_task(end_with(engine, run.stop)) if engine else None
+        watch = asyncio.create_task(end_with(run.engine, run.stop)) if run.engine else None
         asker = Asker(connection, run.settings, run.recipe, run.bill, run.stop)
-        queue = await keep_known(run, jobs)
         await ask_first(run, asker, queue)
         await handle_all(run, queue, Captioner(run, asker).caption, run.settings.thread_pool)
         if watch:
             watch.cancel()
 
 
-async def carry_out(run: Run, work: Callable[[], Awaitable[None]]) -> None:
-    """Do the work of a run, its progress shown."""
+async def carry_out(
+    run: Run, jobs: list[Job], work: Callable[[Run, list[Job]], Awaitable[None]]
+) -> None:
+    """Do the work of a run, and show its progress."""
     report, stop = run.report, run.stop
     with show_progress(report.left, "image", report) as report.update, end_on_signals(stop):
         log.info("%s", ". ".join(run.recipe.lines))
         try:
-            await work()
+            known = (job for job in jobs if job.answer)
+            await handle_all(run, known, Captioner(run).caption, run.settings.thread_pool)
+            await work(run, [job for job in jobs if not job.answer])
         except StopRun as cause:
             stop.set(cause)
         except OSError as error:
@@ -3999,29 +3989,29 @@ ENDPOINT: Final = "/v1/chat/completions"
 PART_BYTES = 170_000_000  # OpenAI takes 200 MB
 PART_LINES = 2000  # an engine may write nothing before its last answer
 NO_ROOM = "(?i)token_limit|enqueued"  # https://github.com/openai/openai-python/issues/2084
-REASONERS = r"(?:.*/)?(?:gpt-(?:[5-9]|\d\d)|o\d)"
+REASONERS = r"(?:.*/)?(?:gpt-(?:[5-9]|\d\d)|o\d)"  # OpenAI's newer models
 
 
 @dataclass(slots=True)
 class Part:
-    """A file of requests, and what the server calls it and its batch, once it does."""
+    """A batch: which images it asks about, and its ids at the server."""
 
-    path: str
+    path: str  # of the file that holds all this
     made_with: str
     parameters: Parameters  # that the server takes
     images: list[str] = field(default_factory=list)  # names below the image folder
-    size: int = 0  # of its requests, in bytes
+    size: int = 0  # of the requests, in bytes
     usd: float = 0.0  # what the answers may cost
     file_id: str = ""
     batch_id: str = ""
 
     @property
-    def lines(self) -> str:
-        """The path of its requests."""
+    def requests_path(self) -> str:
+        """The path of the requests, until they are uploaded."""
         return f"{self.path}l"
 
     def save(self) -> None:
-        """Keep what is known, also for the next run. Raises OSError."""
+        """Keep it for the next run. Raises OSError."""
         write_whole(self.path, json.dumps(dataclasses.asdict(self)).encode())
 
 
@@ -4041,19 +4031,14 @@ def load_parts(journal: Journal) -> list[Part]:
     return parts
 
 
-def waiting_images(parts: Iterable[Part]) -> set[str]:
-    """Return the names of the images in parts."""
-    return {name for part in parts for name in part.images}
-
-
 def made_with(run: Run) -> str:
-    """Return what must be the same when a batch is collected."""
+    """Return what must be the same when answers are collected."""
     image_dir = os.path.realpath(run.image_dir)
     return fingerprint(run.recipe.identity, run.settings.overwrite, image_dir)
 
 
 def line_id(run: Run, question: Question) -> str:
-    """Return the id of an image's line, of these bytes, this prompt and recipe."""
+    """Return the id of an image's request: its name, bytes, prompt and recipe."""
     entry = question.entry
     name = run.name(question.job)
     return f"gc-{fingerprint(name, entry.image_sha256, entry.recipe, question.prompt)}"
@@ -4064,19 +4049,19 @@ def write_line(run: Run, part: Part, question: Question) -> None:
     head = json.dumps({"custom_id": line_id(run, question), "method": "POST", "url": ENDPOINT})
     body = build_request(run.settings.model, question.prompt, part.parameters, question.jpeg)
     try:
-        with open(part.lines, "ab") as file:
+        with open(part.requests_path, "ab") as file:
             file.write(head.removesuffix("}").encode() + b', "body": ' + body + b"}\n")
             part.size = file.tell()
     except OSError as error:
-        raise StopRun(f"{part.lines}: cannot be written: {error.strerror}") from error
+        raise StopRun(f"{part.requests_path}: cannot be written: {error.strerror}") from error
     part.images.append(run.name(question.job))
 
 
 def parse_result(line: bytes) -> tuple[str, Reply]:
-    """Return the id of a result and what came back. Raises ValueError, TypeError for no result."""
+    """Return a result's id and reply. Raises ValueError or TypeError."""
     found = json.loads(line)
     custom_id, response, error = (dig(found, name) for name in ("custom_id", "response", "error"))
-    if not isinstance(custom_id, str) or "body" in found:  # the latter is a request
+    if not isinstance(custom_id, str) or "body" in found:  # a request has a body
         raise ValueError
     # some versions of vLLM give the completion itself
     body = response if dig(response, "choices") else dig(response, "body")
@@ -4085,14 +4070,13 @@ def parse_result(line: bytes) -> tuple[str, Reply]:
 
 
 class Answers:
-    """The answers in results, in any order; stands where an Asker does."""
+    """The answers in files of results; takes the place of an Asker."""
 
     def __init__(self, run: Run, files: Iterable[bytes]) -> None:
         self._run = run
         self._captioner = Captioner(run, self, pixels=False)
         self._replies: dict[str, Reply] = {}
         self.torn = 0  # lines that are no results
-        self.used = 0
         self.missing = 0  # images without an answer
         lines = (line for data in files for line in data.splitlines())
         for line in filter(bytes.strip, lines):
@@ -4102,12 +4086,12 @@ class Answers:
                 self.torn += 1
                 continue
             known = self._replies.get(custom_id)
-            # without a status it was never asked: the batch has expired
+            # without a status it was never asked: the batch expired
             if reply.status and (not known or known.error):
                 self._replies[custom_id] = reply
 
     async def caption(self, job: Job) -> Outcome | None:
-        """Caption an image, if it has an answer. Raises FailImage."""
+        """Caption an image that has an answer. Raises FailImage."""
         try:
             return await self._captioner.caption(job)
         except FailImage as error:
@@ -4121,7 +4105,6 @@ class Answers:
         reply = self._replies.pop(line_id(self._run, question), None)
         if reply is None:
             raise FailImage(NOT_ANSWERED, "")
-        self.used += 1
         if reply.usage:
             question.usage = reply.usage
             question.dollars = self._run.bill.settle(0.0, reply, "batch")
@@ -4134,13 +4117,13 @@ class Answers:
 async def write_parts(
     run: Run, jobs: Iterable[Job], path: str, parameters: Parameters, kind: str = ""
 ) -> AsyncIterator[Part]:
-    """Write the requests of images into files; yield each part when it is written.
+    """Write requests into files, and yield each part when it is written.
 
-    `kind` is the images' outcome, if any. Raises StopRun, after the last part where --max-cost
-    leaves images out.
+    `kind` is the images' outcome, if any. Raises StopRun, after the last part,
+    where --max-cost leaves images out.
     """
     captioner, queue, too_dear = Captioner(run), iter(jobs), list[StopRun]()
-    parameters.pop("service_tier", None)  # a batch is a tier of its own
+    parameters.pop("service_tier", None)  # the Batch API is a tier of its own
 
     def take(part: Part) -> Iterator[Job]:
         for job in itertools.islice(queue, PART_LINES):
@@ -4173,7 +4156,7 @@ async def write_parts(
 class Batches:
     """Captions images by a Batch API.
 
-    Each part goes one step further, again and again: upload, create, look, collect.
+    Again and again, each part goes one step further: upload, create, look, collect.
     """
 
     def __init__(
@@ -4181,17 +4164,16 @@ class Batches:
     ) -> None:
         self._run = run
         self._connection = connection
-        self._client = connection.sdk
         self._parts = parts
         self._jobs = {run.name(job): job for job in jobs}
         self._parameters = parts[0].parameters if parts else None
         self._failures = 0  # in a row
-        self._has_room = True  # for another batch
-        self._ended_by: StopRun | None = None  # why images are left
+        self._has_room = True  # for another batch, at the server
+        self._left_by: StopRun | None = None  # why images are left
 
     async def work(self) -> None:
         """Collect what waits, send the other images, and wait for all. Raises StopRun."""
-        waiting = waiting_images(self._parts)  # before any is forgotten
+        waiting = {name for part in self._parts for name in part.images}
         await self._advance()
         await self._send([job for name, job in self._jobs.items() if name not in waiting])
         pause_s = 0.5
@@ -4199,13 +4181,12 @@ class Batches:
             await self._run.stop.sleep(pause_s)
             pause_s = min(60.0, 1.5 * pause_s)
             await self._advance()
-        if self._ended_by:
-            raise self._ended_by
+        if self._left_by:
+            raise self._left_by
 
     async def _send(self, jobs: Sequence[Job]) -> None:
         """Put images into parts; the first is asked at once if no part has parameters."""
-        run = self._run
-        queue = await keep_known(run, jobs)
+        run, queue = self._run, iter(jobs)
         if self._parameters is None:  # a wrong key is known now and not tomorrow
             asker = Asker(self._connection, run.settings, run.recipe, run.bill, run.stop)
             await ask_first(run, asker, queue)
@@ -4217,9 +4198,10 @@ class Batches:
                 await self._advance()
         except StopRun as cause:
             run.stop.check()
-            self._ended_by = cause
+            self._left_by = cause
 
     async def _advance(self) -> None:
+        """Take one step with each part."""
         for part in list(self._parts):
             self._run.stop.check()
             try:
@@ -4229,7 +4211,7 @@ class Batches:
                 self._judge(part, error)
 
     def _judge(self, part: Part, error: Exception) -> None:
-        """Leave a step for the next round, its part for the next run, or end the run."""
+        """Try again, leave the part to the next run, or end this run."""
         run = self._run
         try:
             cause = judge_error(describe_failure(error, run.settings))
@@ -4248,17 +4230,18 @@ class Batches:
             run.stop.set(StopRun(f"--batch: no batch can be made: {cause}"))
 
     def _leave(self, part: Part, said: str) -> None:
+        """Leave a part to the next run."""
         log.error("%s: %s; run again, or delete it to give it up", part.path, said)
         self._parts.remove(part)
-        self._ended_by = StopRun("--batch: not all images were answered")
+        self._left_by = StopRun("--batch: not all images were answered")
 
     async def _step(self, part: Part) -> None:
-        client = self._client
+        client = self._connection.sdk
         if not part.file_id:
-            with FileIO(part.lines) as file:  # a path the SDK would read whole
+            with FileIO(part.requests_path) as file:  # the SDK would read a path whole
                 part.file_id = (await client.files.create(file=file, purpose="batch")).id
             part.save()
-            os.unlink(part.lines)
+            os.unlink(part.requests_path)
         elif part.batch_id:
             batch = await client.batches.retrieve(part.batch_id)
             if batch.status in {"completed", "failed", "expired", "cancelled"}:
@@ -4267,8 +4250,8 @@ class Batches:
             await self._create(part)
 
     async def _create(self, part: Part) -> None:
-        """Have a batch made of a file, unless it was, and the answer lost."""
-        batches = self._client.batches
+        """Create a part's batch, unless a try did whose answer was lost."""
+        batches = self._connection.sdk.batches
         newest = await batches.list(limit=100)
         found = (one for one in newest.data if one.input_file_id == part.file_id)
         batch = next((one for one in found if one.status != "failed"), None)
@@ -4285,22 +4268,23 @@ class Batches:
             return
         run = self._run
         files = [name for name in (batch.output_file_id, batch.error_file_id) if name]
-        found = [(await self._client.files.content(name)).content for name in files]
+        found = [(await self._connection.sdk.files.content(name)).content for name in files]
         answers = Answers(run, found)
         jobs = [job for name in part.images if (job := self._jobs.get(name))]
         await handle_all(run, jobs, answers.caption, run.settings.thread_pool)
         if run.stop.cause is not None:
             return
-        if answers.torn or (batch.status == "completed" and not any(found)):  # they are paid for
+        # such answers are paid for
+        if answers.torn or (batch.status == "completed" and not any(found)):
             self._leave(part, "not all answers can be read")
             return
         if answers.missing:
             said = f"{answers.missing} of {len(jobs)} images were not answered ({batch.status})"
-            self._ended_by = StopRun(f"--batch: {said}")
+            self._left_by = StopRun(f"--batch: {said}")
         await self._forget(part, files)
 
     async def _retreat(self, part: Part, batch: Any) -> None:
-        """Try a batch later that found no room; end the run for another that failed."""
+        """Wait with a batch that found no room; end the run for another."""
         reply = parse_reply(400, json.dumps({"error": batch.to_dict().get("errors")}))
         if not re.search(NO_ROOM, reply.raw):
             await self._forget(part, [])
@@ -4312,19 +4296,19 @@ class Batches:
         self._has_room = False
 
     async def _forget(self, part: Part, files: Sequence[str]) -> None:
-        """Remove a part here, and its files there, where they would stay for weeks."""
+        """Remove a part here, and its files there, where they stay for weeks."""
         os.unlink(part.path)
         self._parts.remove(part)
         self._run.bill.hold_again(-part.usd)
         self._has_room = True
         for name in (part.file_id, *files):
             with contextlib.suppress(Exception):  # nothing depends on it
-                await self._client.files.delete(name)
+                await self._connection.sdk.files.delete(name)
 
 
-async def send_batches(run: Run, jobs: list[Job], parts: list[Part]) -> None:
-    """Caption images by a Batch API, and those whose parts wait."""
-    folder = batch_folder(run.journal)
+async def send_batches(run: Run, jobs: list[Job]) -> None:
+    """Caption images by a Batch API, also those that wait."""
+    folder, parts = batch_folder(run.journal), load_parts(run.journal)
     if any(part.made_with != made_with(run) for part in parts):
         said = "a batch with other settings waits; the same command goes on"
         raise SettingsError(f"{folder}: {said}, or delete the folder to give it up")
@@ -4332,7 +4316,6 @@ async def send_batches(run: Run, jobs: list[Job], parts: list[Part]) -> None:
     for name in os.listdir(folder):  # of a run that was killed before the upload
         if name.endswith(".jsonl"):
             os.unlink(os.path.join(folder, name))
-    check_writable(jobs)
     run.bill.hold_again(sum(part.usd for part in parts))
     connection = open_connection(run.settings)
     async with connection.sdk:
@@ -4340,7 +4323,7 @@ async def send_batches(run: Run, jobs: list[Job], parts: list[Part]) -> None:
 
 
 async def export_lines(run: Run, jobs: list[Job]) -> None:
-    """Write the requests of images into files, for any engine that takes them."""
+    """Write requests into files, for any engine."""
     settings, folder = run.settings, str(run.settings.batch_export)
     try:
         os.makedirs(folder)
@@ -4349,8 +4332,7 @@ async def export_lines(run: Run, jobs: list[Job]) -> None:
     parameters = first_parameters(settings)
     if not re.match(REASONERS, settings.model):  # no answer can teach us: what all engines know
         parameters = [parameters, *other_parameters(settings, parameters)][-1]
-    new = (job for job in jobs if not job.answer)
-    async for _ in write_parts(run, new, os.path.join(folder, "part-"), parameters, "exported"):
+    async for _ in write_parts(run, jobs, os.path.join(folder, "part-"), parameters, "exported"):
         pass
 
 
@@ -4362,35 +4344,35 @@ async def import_results(run: Run, jobs: list[Job]) -> None:
         raise SettingsError(f"--batch-import: {error.filename}: {error.strerror}") from None
     if answers.torn:
         log.warning("--batch-import: lines that are torn or no results: %d", answers.torn)
-    check_writable(jobs)
     await handle_all(run, jobs, answers.caption, run.settings.thread_pool)
     run.stop.check()
     if answers.missing:
-        said = f"--batch-import: {answers.missing} of {len(jobs)} images have no answer there"
-        differ = "prompt, model, style or images are not those of the export"
-        raise StopRun(said if answers.used else f"{said}; {differ}")
+        said = f"{answers.missing} of {len(jobs)} images have no answer there"
+        if answers.missing == len(jobs):
+            said += "; prompt, model, style or images are not those of the export"
+        log.error("--batch-import: %s", said)
+        run.report.counts["failed"]["no answer"] += answers.missing
+        run.report.left -= answers.missing
 
 
 # --------------------------------------------------------------------------------------------- Undo
 
 
 def restore(kept: str, path: str, journal: Journal, *, dry_run: bool) -> str:
-    """Put an original back if nobody changed the file since; return what became of it."""
+    """Put an original back, unless somebody changed the file since; return what happened."""
+    ours = {entry.caption_sha256: entry for entry in journal.past(path)}
     try:
         now = hash_file(path) if has_caption(path) else ""
-        if now and now not in {entry.caption_sha256 for entry in journal.past(path)}:
+        if now and now not in ours:
             return "changed by you since, left alone"
         if dry_run:
             return "would be restored"
         if now:
             journal.keep(path)
-        data = read_file(kept)
-        write_whole(path, data)
+        write_whole(path, read_file(kept))
         shutil.copystat(kept, path)
-        digest = hashlib.sha256(data).hexdigest()
-        made = [entry for entry in journal.past(path)[:-1] if entry.caption_sha256 == digest]
-        if made:  # the last line of a file says what it was made with
-            journal.append(path, dataclasses.replace(made[-1], usd=0.0))
+        if entry := ours.get(hash_file(kept)):  # the last line of a file says how it was made
+            journal.append(path, dataclasses.replace(entry, usd=0.0))
     except OSError as error:
         return f"not restored: {error.strerror}"
     return "restored"
@@ -4418,32 +4400,37 @@ def undo_below(folder: Path, *, dry_run: bool) -> bool:
 
 # ----------------------------------------------------------------------------------------- Commands
 
-CAPTIONING = ("batch", "batch_export", "batch_import")
-COMMANDS = (*CAPTIONING, "fix_encoding", "review", "undo")
-ONLY_FOR = {  # commands that a flag says something to; "" is captioning one by one
+CAPTIONING = {  # "" is captioning one by one
+    "": caption_images,
+    "batch": send_batches,
+    "batch_export": export_lines,
+    "batch_import": import_results,
+}
+OTHERS = ("fix_encoding", "review", "undo")
+ONLY_FOR = {  # flags that have an effect on some commands only
     "local": ("",),
-    "limit": ("", *CAPTIONING),
-    "overwrite": ("", *CAPTIONING),
-    "report": ("", *CAPTIONING, "fix_encoding", "review"),
+    "limit": CAPTIONING,
+    "overwrite": CAPTIONING,
+    "report": (*CAPTIONING, "fix_encoding", "review"),
     "encoding": ("fix_encoding",),
 }
 
 
 def choose_command(settings: Settings) -> str:
     """Return the command, blank for captioning one by one. Raises SettingsError."""
-    chosen = [name for name in COMMANDS if getattr(settings, name)]
+    chosen = [name for name in (*CAPTIONING, *OTHERS) if name and getattr(settings, name)]
     if len(chosen) > 1:
         raise SettingsError(f"{' and '.join(map(flag_of, chosen))}: take one of them")
     command = chosen[0] if chosen else ""
     for name, commands in ONLY_FOR.items():
         if getattr(settings, name) and command not in commands:
             other = flag_of(command) if command else "captioning"
-            raise SettingsError(f"{flag_of(name)}: says nothing to {other}; leave it out")
+            raise SettingsError(f"{flag_of(name)}: has no effect on {other}; leave it out")
     return command
 
 
-def report_on(settings: Settings, bill: Bill | None, work: Callable[[Report], None]) -> int:
-    """Do the work of a command, print its summary, and return the exit code."""
+def run_and_report(settings: Settings, bill: Bill | None, work: Callable[[Report], None]) -> int:
+    """Do a command's work, print its summary, and return the exit code."""
     with open_report(settings.report) as stream:
         report = Report(stream, bill)
         try:
@@ -4461,12 +4448,12 @@ def report_on(settings: Settings, bill: Bill | None, work: Callable[[Report], No
 
 
 def record_done(plan: Iterable[Job | Outcome], report: Report) -> bool:
-    """Record a plan in which nothing is to be done; return False where something is."""
+    """Record a plan that has nothing to do; return False for a plan that has."""
     outcomes = Counter[Outcome]()
     for item in plan:
         if isinstance(item, Job):
             return False
-        # 100,000 paths that nobody reads are heavy
+        # 100,000 paths that nobody reads would take much memory
         is_read = report.stream or item.kind == "failed"
         outcomes[item if is_read else item._replace(path="", caption="")] += 1
     for outcome in outcomes.elements():
@@ -4478,20 +4465,14 @@ def caption_all(run: Run, command: str) -> None:
     """Caption the images of a run whose journal is locked."""
     import asyncio
 
-    parts = load_parts(run.journal)
-    jobs = collect_jobs(run, plan_run(run, waiting_images(parts)))
-    run.report.left, engine = len(jobs), None
+    jobs = collect_jobs(run, plan_run(run, load_parts(run.journal)))
+    run.report.left = len(jobs)
+    check_writable(jobs)
     with contextlib.ExitStack() as stack, contextlib.suppress(asyncio.CancelledError):
         if run.settings.local and any(not job.answer for job in jobs):
             opened = stack.enter_context(open_engine(run.settings, run.recipe.prompt))
-            run, engine = dataclasses.replace(run, settings=opened[0]), opened[1]
-        works: dict[str, Callable[[], Awaitable[None]]] = {
-            "": lambda: caption_images(run, jobs, engine),
-            "batch": lambda: send_batches(run, jobs, parts),
-            "batch_export": lambda: export_lines(run, jobs),
-            "batch_import": lambda: import_results(run, jobs),
-        }
-        asyncio.run(carry_out(run, works[command]))
+            run = dataclasses.replace(run, settings=opened[0], engine=opened[1])
+        asyncio.run(carry_out(run, jobs, CAPTIONING[command]))
 
 
 def run_captions(settings: Settings, command: str) -> int:
@@ -4509,11 +4490,11 @@ def run_captions(settings: Settings, command: str) -> int:
         if not settings.overwrite:
             report.outdated = journal.count_outdated(recipe)
         parts = load_parts(journal)
-        plan = plan_run(run, waiting_images(parts))
+        plan = plan_run(run, parts)
         if settings.dry_run:
             show_plan(run, plan)
             return
-        is_waiting = bool(settings.batch and parts)
+        is_waiting = settings.batch and parts
         if not is_waiting and record_done(plan, report):
             return
         if command in {"", "batch"}:
@@ -4523,7 +4504,7 @@ def run_captions(settings: Settings, command: str) -> int:
             journal.open()
             caption_all(run, command)
 
-    return report_on(settings, bill, work)
+    return run_and_report(settings, bill, work)
 
 
 def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
@@ -4532,7 +4513,7 @@ def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
     log_findings(run)
     settings, recipe, record = run.settings, run.recipe, run.report.record
     most = math.inf if settings.log_level == "debug" else 3
-    total, asked, examples = Usage(), 0, list[str]()
+    total, asked, planned = Usage(), 0, 0
     for item in plan:
         if isinstance(item, Outcome):
             record(item)
@@ -4548,35 +4529,29 @@ def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
             record(Outcome(item.image, "failed", error.reason, error.detail))
             continue
         record(Outcome(item.image, "planned", how, caption=item.caption))
-        if len(examples) < most:
-            examples.append(f"{item.image} -> {item.caption}")
-    for example in examples:
-        say(example)
-    if more := run.report.counts["planned"].total() - len(examples):
-        say(f"and {more:,} more; -v lists all")
+        planned += 1
+        if planned <= most:
+            say(f"{item.image} -> {item.caption}")
+    if planned > most:
+        say(f"and {planned - most:,} more; -v lists all")
     for line in recipe.lines:
         say(line)
     if settings.log_level == "debug":
         print(recipe.prompt)
     if asked:
-        twice = "; an answer with an excluded word is asked for once more" if recipe.exclude else ""
-        say(describe_cost(settings, asked, total) + twice)
+        say(describe_cost(settings, asked, total))
 
 
 def write_page(page: str, title: str, samples: Sequence[Sample]) -> None:
     """Write the page of a set. Raises SettingsError."""
     path = os.path.realpath(page)
-
-    def is_ours() -> bool:
-        return not os.path.exists(path) or read_file(path)[: len(PAGE_MARK)] in {b"", PAGE_MARK}
-
     try:
-        if write_whole(path, build_page(title, samples, os.path.dirname(path)), is_ours):
-            return
-        said = "is no page of this tool; name another file"
+        if has_caption(path) and not read_file(path).startswith(PAGE_MARK):
+            said = "is no page of this tool; name another file"
+            raise SettingsError(f"--review: {page}: {said}")
+        write_whole(path, build_page(title, samples, os.path.dirname(path)))
     except OSError as error:
-        said = f"cannot be written: {error.strerror}"
-    raise SettingsError(f"--review: {page}: {said}")
+        raise SettingsError(f"--review: {page}: cannot be written: {error.strerror}") from None
 
 
 def run_review(settings: Settings) -> int:
@@ -4617,7 +4592,7 @@ def run_undo(settings: Settings) -> int:
     return int(not all(undone))
 
 
-def run(settings: Settings) -> int:
+def run_command(settings: Settings) -> int:
     """Carry out what the settings ask for; return the exit code."""
     command = choose_command(settings)
     if command == "undo":
@@ -4626,7 +4601,7 @@ def run(settings: Settings) -> int:
         return run_review(settings)
     if command == "fix_encoding":
         roots = find_roots(settings, "--fix-encoding")
-        return report_on(settings, None, lambda report: run_repair(settings, roots, report))
+        return run_and_report(settings, None, lambda report: run_repair(settings, roots, report))
     return run_captions(settings, command)
 
 
@@ -4634,46 +4609,42 @@ def run(settings: Settings) -> int:
 
 
 class LogFormatter(logging.Formatter):
-    """Log lines with time, worker and level, on one line each; in colour on a terminal."""
-
-    def __init__(self, *, has_colour: bool) -> None:
-        super().__init__("%(asctime)s %(worker)-9s %(levelname)-7s %(message)s", "%H:%M:%S")
-        self._has_colour = has_colour
+    """Time, worker, level and message in one line, in colour on a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Return the line without its traceback."""
         record.worker = name_worker()
         record.message = printable(record.message)
         line = super().formatMessage(record)
-        if not self._has_colour or record.levelno < logging.WARNING:
+        is_plain = record.levelno < logging.WARNING or os.environ.get("NO_COLOR")
+        if is_plain or not sys.stderr.isatty():
             return line
         red, yellow, plain = "\x1b[31m", "\x1b[33m", "\x1b[0m"
         return f"{red if record.levelno >= logging.ERROR else yellow}{line}{plain}"
 
 
 def name_worker() -> str:
-    """Return the name of the worker that is at work."""
+    """Return the name of the worker that logs."""
     import asyncio
 
-    try:
+    with contextlib.suppress(RuntimeError):  # no loop runs
         task = asyncio.current_task()
-    except RuntimeError:  # no loop runs
-        return "main"
-    name = task.get_name() if task else "main"
-    return name if name.startswith("worker-") else "main"
+        if task and task.get_name().startswith("worker-"):
+            return task.get_name()
+    return "main"
 
 
 def set_up_logging(settings: Settings) -> None:
     """Send this tool's log to stderr; libraries keep theirs."""
     handler = logging.StreamHandler(sys.stderr)
-    has_colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    handler.setFormatter(LogFormatter(has_colour=has_colour))
+    form = "%(asctime)s %(worker)-9s %(levelname)-7s %(message)s"
+    handler.setFormatter(LogFormatter(form, "%H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(settings.log_level.upper())
 
 
 def drop_output() -> None:
-    """Forget what the streams cannot take: Python's own end would fail at it."""
+    """Drop what the streams cannot take: Python's own end would fail at it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -4692,7 +4663,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout, sys.stderr = sys.stdout or StringIO(), sys.stderr or StringIO()
         settings = read_settings(sys.argv[1:] if argv is None else argv)
         set_up_logging(settings)
-        code = run(settings)
+        code = run_command(settings)
         print(end="", flush=True)
     except (SettingsError, StopRun) as error:
         lines = map(printable, str(error).split("\n"))
@@ -4701,7 +4672,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         said = f"{error.name} is not installed; type: pip install -r requirements.txt"
         print(f"gen-captions: {said}", file=sys.stderr)
-    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
+    except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         code = 0
     except OSError as error:
         log.log(logging.ERROR, "%s: %s", error.filename or "standard output", error.strerror)

@@ -380,19 +380,21 @@ def test_an_import_leaves_what_has_no_answer_or_no_file_of_its_own(
     name = write_results(tool.folder / "out.jsonl", *results)
     make_image("0.jpg")
     (images / "3.png").write_bytes((images / "4.png").read_bytes() + b"3")
-    err = tool(*IMPORT, name, code=3).stderr
+    err = tool(*IMPORT, name, code=1).stderr
     assert captions(images).keys() == {"1.txt", "2.txt", "4.txt", "5.txt", "6.txt"}
     assert err.count("shared caption file") == 3
     assert "--batch-import: 2 of 7 images have no answer there" in err
+    assert "2 no answer" in err
     assert "not those of the export" not in err
+    assert "same command" not in err
 
 
 def test_an_import_that_fits_nothing_says_so_once(tool: Tool, ids: list[str]) -> None:
     """Results of other settings, requests in place of results, and no file at all."""
     name = write_results(tool.folder / "out.jsonl", *(answer(each, "A cat.") for each in ids))
-    err = tool(*IMPORT, name, "--style", "tags", code=3).stderr
+    err = tool(*IMPORT, name, "--style", "tags", code=1).stderr
     assert err.count("prompt, model, style or images are not those of the export") == 1
-    assert "no results: 3" in tool(*IMPORT, "parts/part-001.jsonl", code=3).stderr
+    assert "no results: 3" in tool(*IMPORT, "parts/part-001.jsonl", code=1).stderr
     assert "--batch-import: nowhere.jsonl: " in tool(*IMPORT, "nowhere.jsonl", code=2).stderr
     assert captions(tool.folder / "images") == {}
 

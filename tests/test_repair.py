@@ -201,7 +201,7 @@ def test_originals_that_cannot_be_kept_stop_before_the_first_change(tool: Tool) 
         (["--fix-encoding", "c", "--encoding", "klingon"], '--encoding: "klingon" is not allowed'),
         (["--fix-encoding", "c", "--encoding", "base64"], '--encoding: "base64" is not allowed'),
         (["--fix-encoding", "--undo", "--caption-dir", "c"], "take one of them"),
-        (["--encoding", "cp1252", "--image-dir", "c"], "--encoding: says nothing to captioning"),
+        (["--encoding", "cp1252", "--image-dir", "c"], "--encoding: has no effect on captioning"),
     ],
 )
 def test_usage_errors_name_the_flag(tool: Tool, arguments: list[str], said: str) -> None:
