@@ -150,7 +150,7 @@ def number(low: float, high: float) -> Reader:
         return value
 
     whole = "whole " if isinstance(low, int) else ""
-    return Reader(read, "N", f"a {whole}number from {low:g} to {high:g}")
+    return Reader(read, "N", f"a {whole}number from {low:,g} to {high:,.0f}")
 
 
 def like(pattern: str, metavar: str, allowed: str) -> Reader:
@@ -424,9 +424,10 @@ def resolve_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Setting
     parser = build_parser(environ, short="-h" in argv)
     found, unknown = parser.parse_known_args(put_folder_first(argv))
     if unknown and unknown[0].startswith("-"):
-        raise name_unknown(unknown[0].partition("=")[0], [flag_of(row[0]) for row in rows()])
+        flags = ["--help", *(flag_of(row[0]) for row in rows())]
+        raise name_unknown(unknown[0].partition("=")[0], flags)
     if unknown:
-        said = "what is this? Only one folder of images can stand alone"
+        said = "only one folder of images can stand alone; a name with blanks needs quotes"
         raise SettingsError(f"{re.sub(KEY_START, '…', unknown[0])}: {said}")
     chosen = vars(found)
     chosen["image_dir"] = chosen.pop("images") or chosen["image_dir"]
@@ -739,17 +740,21 @@ class Journal:
         """Return what is known of a file, oldest first."""
         return self.history.get(name_below(self._root, path), ())
 
-    def count_outdated(self, recipe: Recipe) -> int:
-        """Return how many captions stand as we wrote them, with another recipe or trigger."""
-        outdated: dict[str, str] = {}  # not `history`: 100,000 answers are heavy
+    def count_outdated(self, recipe: Recipe) -> Counter[str]:
+        """Return how many captions of ours another prompt or trigger made, by which."""
+        made: dict[str, tuple[str, str]] = {}  # not `history`: 100,000 answers are heavy
         for file, entry in self._entries():
             if entry.outcome != "captioned":
                 continue
-            outdated[file] = entry.caption_sha256
-            if (entry.recipe, entry.trigger) == (recipe.identity, recipe.trigger):
-                del outdated[file]
-        paths = {os.path.join(self._root, file): digest for file, digest in outdated.items()}
-        return sum(is_file_with(path, digest) for path, digest in paths.items())
+            which = "" if entry.recipe == recipe.identity else "another prompt"
+            if entry.trigger != recipe.trigger:
+                which = f"trigger {entry.trigger or 'none'} (now {recipe.trigger or 'none'})"
+            made[file] = which, entry.caption_sha256
+        return Counter(
+            which
+            for file, (which, digest) in made.items()
+            if which and is_file_with(os.path.join(self._root, file), digest)
+        )
 
     def open(self) -> None:
         """Get ready to write. Raises StopRun where another run writes, or nobody can."""
@@ -979,7 +984,7 @@ def check_folders(settings: Settings) -> Path:
     """Return the image folder. Raises SettingsError where a setting names no folder."""
     if settings.image_dir is None:
         raise SettingsError(
-            "Which images? Type: gen-captions ./images\n"
+            "Which images? Type: gen-captions ./images (or gen-captions --review ./images)\n"
             "With a model on this machine: gen-captions --local ./images\n"
             "All else: gen-captions -h"
         )
@@ -1093,8 +1098,11 @@ def read_job(config: Mapping[str, Any], file: str) -> Iterator[Dataset]:
 def read_job_file(path: Path) -> list[Dataset]:
     """Return the datasets of a job file, none of another file. Raises SettingsError."""
     # other files may be broken, or take seconds to parse; UTF-16 has a NUL beside each letter
-    if not re.search(IS_JOB, path.read_bytes().replace(b"\0", b"")):
-        return []
+    try:
+        if not re.search(IS_JOB, path.read_bytes().replace(b"\0", b"")):
+            return []
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
     import yaml
 
     text = read_text(path)
@@ -1138,7 +1146,7 @@ def decide_trigger(
     for item in matching or datasets:
         if item.trigger and not item.is_reg:
             return TRAINERS_MARK, item.trigger, f"{item.file}, trigger_word {item.trigger}"
-    return "", "", "no job file sets one"
+    return "", "", "--trigger WORD sets one"
 
 
 def decide_extension(settings: Settings, matching: Sequence[Dataset]) -> tuple[str, str]:
@@ -1281,8 +1289,10 @@ def open_image(file: IO[bytes]) -> ImageFile.ImageFile:
     try:
         image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
-        heic = "" if "HEIF" in Image.OPEN else "; HEIC needs pip install pillow-heif"
-        said = f"it holds none of {', '.join(FORMATS)}, or is cut short; convert it{heic}"
+        file.seek(4)
+        said = "it is empty, cut short, or in a format that is not read; save it as JPEG"
+        if file.read(4) == b"ftyp":  # an iPhone's HEIC begins so
+            said = "HEIC needs the package pillow-heif; better save it as JPEG: trainers read that"
         raise FailImage("not an image", said) from None
     most = MOST_PIXELS * (2 if image.format in {"JPEG", "MPO"} else 1)
     if math.prod(image.size) > most:
@@ -1623,7 +1633,7 @@ def read_limit(headers: Mapping[str, str], unit: str) -> tuple[float, float, flo
 
 ALWAYS, AT_FIRST = "always", "at first"  # the run ends; only if the server has not answered yet
 MONEY = "the account has no money left or is at its limit; see its billing page"
-KEY = "OPENAI_API_KEY: the server that OPENAI_BASE_URL names does not take this key"
+KEY = "OPENAI_API_KEY: the server does not take this key"
 PLACE = "OPENAI_BASE_URL or GETCAP_MODEL: the server has no such thing; most URLs end in /v1"
 SMALLER = "lower GETCAP_MAX_SIDE, or give the server a larger context"
 BY_HAND = "caption it by hand or with another model"
@@ -1648,7 +1658,7 @@ POLICY = (
 ERRORS = (
     # how the status may begin; phrases, with blanks for "_" and "-"; when the run ends, or else
     # why the image fails; what helps
-    ("0", "cannot connect", AT_FIRST, "OPENAI_BASE_URL: see that the server runs"),
+    ("0", "cannot connect", AT_FIRST, "check the network, and OPENAI_BASE_URL"),
     ("400 403 429", NO_MONEY, ALWAYS, MONEY),
     ("429", "per day|perday|daily|monthly", ALWAYS, "the limit of this account is used up"),
     ("401", "", ALWAYS, KEY),
@@ -1937,9 +1947,9 @@ def show_dollars(amount: float) -> str:
     return f"${amount:,.2f}" if amount >= 10 else f"${amount:.4f}"
 
 
-def describe_cost(settings: Settings, images: int, usage: Usage) -> str:
+def describe_cost(settings: Settings, usage: Usage) -> str:
     """Return what a run will cost, about."""
-    said = f"{usage.prompt + usage.answer:,} tokens for {images:,} images with {settings.model}"
+    said = f"{usage.prompt + usage.answer:,} tokens with {settings.model}"
     if settings.local:
         return f"{said}: no cost but this machine's time"
     tier = "batch" if settings.batch or settings.batch_export else settings.service_tier or ""
@@ -2445,7 +2455,7 @@ class Report:
         self.counts = defaultdict[str, Counter[str]](Counter)  # of each kind, by reason
         self.notes = Counter[str]()
         self.left = 0  # images that are still to be done
-        self.outdated = 0  # captions made with another prompt
+        self.outdated = Counter[str]()  # captions, by what other prompt or trigger made them
         self.ended_by: StopRun | signal.Signals | None = None
         self.update: Callable[[], None] = lambda: None  # of the progress shown
         self._failures: list[Outcome] = []
@@ -2505,10 +2515,9 @@ class Report:
         if self.notes:
             counted = [f"{number:,} {NOTED[note]}" for note, number in self.notes.items()]
             lines.append(f"Worth a look: {', '.join(counted)}.")
-        if self.outdated:
-            captions = "caption was" if self.outdated == 1 else "captions were"
-            said = f"{self.outdated:,} {captions} made with another prompt or trigger"
-            lines.append(f"{said}; --overwrite updates them.")
+        for which, number in self.outdated.items():
+            captions = "caption was" if number == 1 else "captions were"
+            lines.append(f"{number:,} {captions} made with {which}; --overwrite updates them.")
         lines.append(self._last_line())
         if self.ended_by:
             is_mended = isinstance(self.ended_by, signal.Signals)
@@ -2570,7 +2579,8 @@ def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str]
     if target is None or target == "-":
         return contextlib.nullcontext(sys.stdout if target else None)
     try:
-        if has_caption(target) and not read_file(target).startswith(b'{"outcome": '):
+        is_full = os.path.isfile(target) and has_caption(target)
+        if is_full and not read_file(target).startswith(b'{"outcome": '):
             said = "is there already, and is no report of this tool; name another file"
             raise SettingsError(f"--report: {target}: {said}")
         return open(target, "w", encoding="utf-8", newline="\n")
@@ -2974,7 +2984,7 @@ FINDINGS = {  # gravest first: what each does, and what to do about it
     "untidy": (WRONG, "marks, lines or talk are trained; write it as shown"),
     "damaged letters": (WRONG, "nonsense is trained; run --fix-encoding, or write it anew"),
     "excluded words": (WRONG, "the trait is bound to these words; take them out"),
-    "trigger missing": (WRONG, "only ai-toolkit adds it; put it in front"),
+    "trigger missing": (WRONG, "add it: --trigger WORD --overwrite costs nothing, or by hand"),
     "too long": (MINOR, "its end may not be read; shorten it, or take --max-words"),
     "very short": (MINOR, "others say more; see whether it is whole"),
     "identical captions": (MINOR, "see whether the images are alike too"),
@@ -3654,9 +3664,10 @@ def check_key(settings: Settings) -> None:
         check_local(settings.local)
     if is_this_machine(settings.base_url) or not re.fullmatch(NO_KEY, settings.api_key):
         return
+    state = "still the example" if settings.api_key else "not set"
     lines = [
-        "OPENAI_API_KEY is not set. Put a key from https://platform.openai.com/api-keys into .env.",
-        "Without a key: gen-captions --local ./images captions with a model on this machine.",
+        f"OPENAI_API_KEY is {state}. Put the line OPENAI_API_KEY=sk-... into a file .env here.",
+        "Keys: https://platform.openai.com/api-keys. Without one: gen-captions --local ./images",
         "Ollama and others: --base-url http://localhost:11434/v1 --model NAME",
     ]
     if os.environ.get("OPENAI_API_BASE") and settings.base_url == OPENAI_URL:
@@ -4125,8 +4136,8 @@ async def write_parts(
     captioner, queue, too_dear = Captioner(run), iter(jobs), list[StopRun]()
     parameters.pop("service_tier", None)  # the Batch API is a tier of its own
 
-    def take(part: Part) -> Iterator[Job]:
-        for job in itertools.islice(queue, PART_LINES):
+    def take(part: Part, first: Job) -> Iterator[Job]:
+        for job in itertools.islice(itertools.chain([first], queue), PART_LINES):
             yield job
             if too_dear or part.size >= PART_BYTES:
                 return
@@ -4141,16 +4152,14 @@ async def write_parts(
         write_line(run, part, question)
         return Outcome(job.image, kind) if kind else None
 
-    for number in itertools.count(1):
+    for number, first in enumerate(queue, 1):
         part = Part(f"{path}{number:03}.json", made_with(run), parameters)
-        await handle_all(run, take(part), functools.partial(add, part), count_processors())
+        await handle_all(run, take(part, first), functools.partial(add, part), count_processors())
         run.stop.check()
         if part.images:
             yield part
         if too_dear:
             raise too_dear[0]
-        if not part.images:
-            return
 
 
 class Batches:
@@ -4394,7 +4403,7 @@ def undo_below(folder: Path, *, dry_run: bool) -> bool:
         name = folder.name.replace(KEPT, RESTORED).removesuffix(OPEN)
         folder = folder.rename(folder.with_name(name))
     counted = ", ".join(f"{number:,} {state}" for state, number in states.items())
-    say(f"{counted or 'Nothing to restore'}. The originals are in {folder}")
+    say(f"{counted or 'Nothing to restore'}. The files are kept in {folder}")
     return not states["not restored"]
 
 
@@ -4513,7 +4522,7 @@ def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
     log_findings(run)
     settings, recipe, record = run.settings, run.recipe, run.report.record
     most = math.inf if settings.log_level == "debug" else 3
-    total, asked, planned = Usage(), 0, 0
+    total, planned = Usage(), 0
     for item in plan:
         if isinstance(item, Outcome):
             record(item)
@@ -4524,7 +4533,6 @@ def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
                 how += " at no cost"
             else:
                 total += expect(settings, recipe, item)
-                asked += 1
         except FailImage as error:
             record(Outcome(item.image, "failed", error.reason, error.detail))
             continue
@@ -4538,8 +4546,8 @@ def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
         say(line)
     if settings.log_level == "debug":
         print(recipe.prompt)
-    if asked:
-        say(describe_cost(settings, asked, total))
+    if total.prompt:
+        say(describe_cost(settings, total))
 
 
 def write_page(page: str, title: str, samples: Sequence[Sample]) -> None:
@@ -4557,6 +4565,11 @@ def write_page(page: str, title: str, samples: Sequence[Sample]) -> None:
 def run_review(settings: Settings) -> int:
     """Say what is wrong with a set, and show it on a page; return the exit code."""
     image_dir, recipe = check_folders(settings), read_recipe(settings)
+    if not recipe.trigger:  # perhaps it was forgotten, now or in one of the runs
+        known = Journal(settings.caption_dir or image_dir).history.values()
+        words = (past[-1].trigger for past in known)
+        word = next((word for word in words if word not in {"", TRAINERS_MARK}), "")
+        recipe = dataclasses.replace(recipe, trigger=word, trigger_word=word)
     samples = review_set(settings, image_dir, recipe)
     if not samples:
         raise SettingsError(f"--image-dir: {image_dir}: no images there or below")

@@ -283,11 +283,13 @@ def test_a_plain_run_says_how_many_captions_another_prompt_or_trigger_made(
     tool: Tool, server: Server, three: Path, make_image: ImageMaker
 ) -> None:
     (three / "a.txt").write_text("by hand", encoding="utf-8")  # is not counted
-    said = "2 captions were made with another prompt or trigger; --overwrite updates them."
-    for changed in (("--prompt", "second"), ("--prompt", "first", "--trigger", "ohwx")):
+    said = "2 captions were made with another prompt; --overwrite updates them."
+    other = "2 captions were made with trigger none (now ohwx); --overwrite updates them."
+    trigger = ("--prompt", "first", "--trigger", "ohwx")
+    for changed, line in ((("--prompt", "second"), said), (trigger, other)):
         for n in ((), ("-n",)):
             err = tool("images", *changed, *n).stderr
-            assert err.splitlines() == [said, "Nothing to do: all 3 images have captions."]
+            assert err.splitlines() == [line, "Nothing to do: all 3 images have captions."]
     assert "another prompt" not in tool("images", "--prompt", "first").stderr
     make_image("d.jpg")  # also where there is something to do
     answers(server, "Second d.")

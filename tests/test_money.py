@@ -100,7 +100,7 @@ def test_dry_run_says_tokens_and_dollars_without_a_key_a_connection_or_a_file(
     # 25 x 19 patches of 1.2 tokens, 117 tokens for an answer, and the prompt's
     prompt = gc.text_tokens(gc.read_recipe(gc.Settings()).prompt)
     tokens = 4 * (570 + 117 + prompt)
-    assert f"{tokens:,} tokens for 4 images with gpt-6-luna: about $0.0005\n" in out
+    assert f"{tokens:,} tokens with gpt-6-luna: about $0.0005\n" in out
     assert sorted(tool.folder.rglob("*")) == before
 
 
@@ -128,7 +128,7 @@ def test_the_estimate_is_for_images_that_would_be_asked(tool: Tool, images: Imag
     (tool.folder / "images" / "001.jpg").write_bytes(b"GIF89a, or so it says")
     done = tool("-n", "--image-dir", "images", "--limit", "2", code=1)
     assert "001.jpg: not an image" in done.stderr
-    assert "tokens for 1 images" in done.stdout
+    assert "tokens with gpt-6-luna; the price at" in done.stdout
 
 
 def test_the_size_of_an_image_is_told_by_its_header(make_image: ImageMaker, tool: Tool) -> None:
@@ -136,7 +136,7 @@ def test_the_size_of_an_image_is_told_by_its_header(make_image: ImageMaker, tool
     path.write_bytes(path.read_bytes()[:2000])  # no pixels
     expected = gc.estimate(gc.Settings(), gc.read_recipe(gc.Settings()).prompt, (1024, 768))
     tokens = expected.prompt + expected.answer
-    assert f"{tokens:,} tokens for 1 images" in tool("-n", "--image-dir", "images").stdout
+    assert f"{tokens:,} tokens with gpt-6-luna" in tool("-n", "--image-dir", "images").stdout
 
 
 def test_the_run_says_what_it_cost(tool: Tool, images: Images) -> None:

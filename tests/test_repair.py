@@ -97,7 +97,7 @@ def test_undo_restores_bytes_times_and_permissions_in_both_folders(tool: Tool) -
     assert "c/.gen-captions: keeps the originals; --undo restores them" in err
     assert stat.S_IMODE((tool.folder / "c" / "a.txt").stat().st_mode) == 0o640
     out = tool("--undo", "--caption-dir", "c", "--config-dir", "k").stdout
-    assert out.count("2 restored. The originals are in ") == 2
+    assert out.count("2 restored. The files are kept in ") == 2
     for name, seen in zip(("c", "k"), before, strict=True):
         after = snapshot(tool.folder / name, "*.*")
         assert {path: after[path] for path in seen} == seen

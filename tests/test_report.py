@@ -68,7 +68,8 @@ def test_the_exit_code_comes_from_the_report(
 
 
 STOPPED = "Stopped. Run the same command to continue."
-UPDATE = "made with another prompt or trigger; --overwrite updates"
+MENDED = "Stopped. Once that is mended, run the same command to continue."
+UPDATE = "made with another prompt; --overwrite updates"
 
 
 @pytest.mark.parametrize(
@@ -89,13 +90,13 @@ UPDATE = "made with another prompt or trigger; --overwrite updates"
         (
             [SKIPPED],
             {"left": 1, "ended_by": gc.StopRun("key")},
-            ["1 skipped (has a caption), 1 not done yet in 0.0 s.", STOPPED],
+            ["1 skipped (has a caption), 1 not done yet in 0.0 s.", MENDED],
         ),
         (
             [WRITTEN, WRITTEN, WRITTEN],
-            {"outdated": 1200},
+            {"outdated": {"another prompt": 1200}},
             [
-                "Worth a look: 2 identical answers.",
+                "Worth a look: 2 identical to another.",
                 f"1,200 captions were {UPDATE} them.",
                 "3 captioned in 0.0 s.",
             ],

@@ -108,7 +108,7 @@ def test_a_folder_is_captioned_end_to_end(
     }
     assert done.stdout == ""
     *_, worth, last = done.stderr.splitlines()
-    assert worth == "Worth a look: 2 identical answers."
+    assert worth == "Worth a look: 2 identical to another."
     assert re.fullmatch(r"3 captioned in \d+\.\d s\. 3,660 tokens, \$0\.0004\.", last)
 
 
@@ -510,7 +510,7 @@ def test_a_full_disk_stops_the_run_and_no_answer_is_lost(
     server.script(check=False)
     full = run_with_little_room(tool, most_bytes)
     assert full.returncode == 3
-    assert STOPPED in full.stderr
+    assert "Once that is mended, run the same command to continue." in full.stderr
     asked = server.stats()["requests"]
     assert asked < 20
     shown = re.findall(

@@ -101,7 +101,7 @@ def test_a_bad_value_ends_the_process_with_2_and_one_line(
 ) -> None:
     make_image("a.jpg")
     done = tool("images", "--thread-pool", "ten", code=2)
-    allowed = "allowed: a whole number from 1 to 1000"
+    allowed = "allowed: a whole number from 1 to 1,000"
     said = f'--thread-pool (GETCAP_THREAD_POOL): "ten" is not allowed; {allowed}'
     assert (done.stdout, done.stderr) == ("", f"gen-captions: {said}\n")
     assert server.stats()["requests"] == 0
@@ -238,7 +238,7 @@ def test_a_bare_call_says_in_three_lines_what_to_type(tool: Tool) -> None:
         (["--image", "images"], "did you mean --image-dir?"),
         (["images", "--caption_dir=out"], "--caption_dir: there is no such setting; did you mean"),
         (["images", "-z"], "-z: there is no such setting; --help shows all"),
-        (["images", "more"], "more: what is this?"),
+        (["images", "more"], "more: only one folder"),
         (["images", "--limit"], "--limit: expected one argument"),
     ],
 )
