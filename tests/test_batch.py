@@ -329,6 +329,13 @@ def test_an_export_that_ends_early_says_why(tool: Tool) -> None:
     assert b"parts/part-001.jsonl: cannot be written: File too large" in full.stderr
 
 
+def test_a_part_of_nothing_but_broken_images_ends_no_export(tool: Tool) -> None:
+    for number in range(3):
+        (tool.folder / "images" / f"{number}.png").write_bytes(b"broken")
+    assert "5 exported, 3 failed (not an image) in " in tool(*EXPORT, code=1).stderr
+    assert len(read_lines(tool)) == 5
+
+
 def answer(custom_id: str, content: str) -> dict[str, Any]:
     choice = {"message": {"content": content}, "finish_reason": "stop"}
     body = {"choices": [choice], "usage": {"prompt_tokens": 1200, "completion_tokens": 20}}

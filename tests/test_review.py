@@ -194,6 +194,17 @@ def test_faults_of_files_are_found_and_stay(tool: Tool, faulty: Path) -> None:
     assert (snapshot(faulty), (tool.folder / "page.html").exists()) == (before, True)
 
 
+def test_a_trigger_that_one_run_forgot_is_found_without_naming_it(
+    tool: Tool, make_image: ImageMaker
+) -> None:
+    make_image("with.jpg")
+    tool("images", "--trigger", "ohwx")
+    make_image("without.jpg", colour=(0, 99, 0))
+    done = tool("images")
+    assert "1 caption was made with trigger ohwx (now none); --overwrite updates" in done.stderr
+    assert review(tool)["trigger missing"] == ["without.txt"]
+
+
 @pytest.mark.usefixtures("faulty")
 def test_the_findings_are_printed_gravest_first_with_what_to_do(tool: Tool) -> None:
     done = tool("--review", "images", "--trigger", "ohwx", code=1, OPENAI_API_KEY="")
