@@ -505,7 +505,6 @@ class Entry:
     recipe: str = ""  # the identity of the Recipe that it was made with
     trigger: str = ""  # what the caption opens with
     image_sha256: str = ""
-    image_mtime_ns: int = 0
     caption_sha256: str = ""  # of the file that was written
     answer: str = ""  # past the gate, before cut and trigger: another trigger costs nothing
     model: str = ""
@@ -1968,7 +1967,7 @@ class Bill:
         self.usage = Usage()
         self.spent = 0.0  # with answers that were lost or not counted, at their worst
         self.lost = 0  # such answers
-        self._held = 0.0  # for requests on their way
+        self.held = 0.0  # for requests on their way
         self._dearest = 0.0  # answer so far: counts and tiers may differ from the estimate
 
     @property
@@ -1982,20 +1981,16 @@ class Bill:
         worst = find_cost(self._settings, usage, tier or self._tier) or 0.0
         worst = max(worst, self._dearest)
         most = self._settings.max_cost
-        if most is not None and self.spent + self._held + worst > most:
-            sums = map(show_dollars, (most, self.spent, self._held, worst))
+        if most is not None and self.spent + self.held + worst > most:
+            sums = map(show_dollars, (most, self.spent, self.held, worst))
             said = "--max-cost {}: {} spent, up to {} on the way, the next could take {}"
             raise StopRun(said.format(*sums))
-        self._held += worst
+        self.held += worst
         return worst
-
-    def hold_again(self, dollars: float) -> None:
-        """Count what a waiting batch may cost; with a minus, take it off when the batch is over."""
-        self._held += dollars
 
     def settle(self, held: float, reply: Reply, tier: str = "") -> float:
         """Count what came back instead of what was held; return its dollars."""
-        self._held -= held
+        self.held -= held
         if reply.is_free:
             return 0.0
         cost = held
@@ -3681,10 +3676,6 @@ def log_findings(run: Run) -> None:
     """Say what is worth knowing before anything is sent."""
     for finding in run.recipe.findings:
         log.warning("%s: %s", finding.path, finding.detail)
-    url = run.settings.base_url
-    if url.startswith("http://") and not is_this_machine(url):
-        said = "OPENAI_BASE_URL is plain http: others can read key and images on the way to %s"
-        log.warning(said, run.settings.host)
 
 
 @contextlib.contextmanager
@@ -3746,7 +3737,6 @@ def load_question(run: Run, job: Job, pixels: bool) -> Question:
     """Return the question about an image. Runs in a thread. Raises FailImage."""
     settings, recipe = run.settings, run.recipe
     try:
-        changed_ns = os.stat(job.image).st_mtime_ns
         data = read_file(job.image)
     except OSError as error:
         raise FailImage("unreadable file", str(error.strerror)) from error
@@ -3755,7 +3745,6 @@ def load_question(run: Run, job: Job, pixels: bool) -> Question:
         recipe=recipe.identity,
         trigger=recipe.trigger,
         image_sha256=hashlib.sha256(data).hexdigest(),
-        image_mtime_ns=changed_ns,
         model=settings.model,
     )
     question = Question(job, make_prompt(recipe, job), entry)
@@ -3933,8 +3922,7 @@ async def handle_all(
             try:
                 outcome = await handle(job)
             except FailImage as error:
-                later = "" if error.retry_after_s is None else "; run again later"
-                outcome = Outcome(job.image, "failed", error.reason, error.detail + later)
+                outcome = Outcome(job.image, "failed", error.reason, error.detail)
             except StopRun as cause:
                 run.stop.set(cause)
                 return
@@ -4308,7 +4296,7 @@ class Batches:
         """Remove a part here, and its files there, where they stay for weeks."""
         os.unlink(part.path)
         self._parts.remove(part)
-        self._run.bill.hold_again(-part.usd)
+        self._run.bill.held -= part.usd
         self._has_room = True
         for name in (part.file_id, *files):
             with contextlib.suppress(Exception):  # nothing depends on it
@@ -4325,7 +4313,7 @@ async def send_batches(run: Run, jobs: list[Job]) -> None:
     for name in os.listdir(folder):  # of a run that was killed before the upload
         if name.endswith(".jsonl"):
             os.unlink(os.path.join(folder, name))
-    run.bill.hold_again(sum(part.usd for part in parts))
+    run.bill.held = sum(part.usd for part in parts)
     connection = open_connection(run.settings)
     async with connection.sdk:
         await Batches(run, connection, parts, jobs).work()
@@ -4544,8 +4532,6 @@ def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
         say(f"and {planned - most:,} more; -v lists all")
     for line in recipe.lines:
         say(line)
-    if settings.log_level == "debug":
-        print(recipe.prompt)
     if total.prompt:
         say(describe_cost(settings, total))
 
