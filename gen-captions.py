@@ -2584,7 +2584,7 @@ def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str]
 
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left{postfix}"
-QUIET_S = 30.0  # between two lines of progress where there is no terminal
+QUIET_S = 30.0  # between two lines of progress where no terminal shows the bar
 
 
 @contextlib.contextmanager
@@ -2988,9 +2988,9 @@ FINDINGS = {  # gravest first: what each does, and what to do about it
     "wrong suffix": (MINOR, "some programs go by the name; rename it"),
     "caption without an image": (MINOR, "it is never read; delete it, or bring the image back"),
 }
-OTHER_FINDING = (MINOR, "see whether that is meant so")
+OTHER_FINDING = (MINOR, "see whether you meant that")
 TRAINED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # ai-toolkit, toolkit/data_loader.py
-OTHER_TEXTS = {"prompt", "exclude", "readme", "license", "licence"}  # that are no captions
+OTHER_TEXTS = {"prompt", "exclude", "readme", "license", "licence"}  # they are no captions
 GENERATOR_SYNTAX = (
     r"\bNegative prompt:|\bSteps: \d+, Sampler:"  # AUTOMATIC1111 saves them beside images
     r"|<(?:lora|lyco|hypernet):[^<>]+>"
@@ -3000,16 +3000,16 @@ ESCAPES = r"(?:\\u[0-9a-fA-F]{4})+"
 DANGLING = (  # nothing ends with these
     r"\b(?:a|the|of|with|and|or|from|her|his|its|their|while|which|that|whose|between|into)$"
 )
-HALF = r"(?:[.!?]\s|[。！？]).*[^\W\d_],?$"  # of its sentences the last alone has no end
+HALF = r"(?:[.!?]\s|[。！？]).*[^\W\d_],?$"  # only the last sentence has no end
 WORD = r"[\u3040-\u9fff]|[^\s\u3040-\u9fff]+"  # Chinese and Japanese have no blanks
 PAIR = r"(?=\b([\w'’-]+ [\w'’-]+))"  # two words without a comma between them
 READS = {  # tokens of a caption, by a model's name in a job file
     r"(?i)sdxl|sd_?xl|sd_?1|v1-5|pony|illustrious|noob": 75,  # CLIP's 77 with its two marks
     r"(?i)hidream": 128,
 }
-GREENEST = 0.64  # of sRGB (0.60) and its like; Display P3 has 0.67, Adobe RGB 0.70
+GREENEST = 0.64  # between sRGB's green (0.60) and that of Display P3 (0.67), Adobe RGB (0.70)
 MANY = 0.2  # of the captions
-SMALL_WORDS = (  # words that say nothing of what a set has in common
+SMALL_WORDS = (  # they say nothing about what a set has in common
     r"\b(?:an?|the|and|or|of|in|on|at|to|with|from|by|for|as|is|are|has|its?|his|her|he|she)\b"
 )
 Faults = Iterator[tuple[str, str]]  # kinds of findings, and details
@@ -3017,17 +3017,17 @@ Faults = Iterator[tuple[str, str]]  # kinds of findings, and details
 
 @dataclass(slots=True)
 class Sample:
-    """An image and its caption, as a trainer reads them; blank is what there is not."""
+    """An image and its caption, as a trainer reads them. What is missing is blank."""
 
     image: str = ""
     caption: str = ""
     digest: str = ""  # of the image, once it was read
     text: str = ""  # as it stands on the disk
-    clean: str = ""  # as it should read, without its trigger; blank where it is no caption
-    repair: str = ""  # the whole text as it should read, where it reads otherwise
+    clean: str = ""  # as it should be, without its trigger; blank if it is no caption
+    repair: str = ""  # the whole text as it should be, if it is not
     findings: list[Finding] = field(default_factory=list)
 
-    def find(self, kind: str, path: str, detail: str = "") -> None:
+    def add(self, kind: str, path: str, detail: str = "") -> None:
         """Add a finding."""
         self.findings.append(Finding(kind, path, detail))
 
@@ -3054,7 +3054,7 @@ def judge_text(sample: Sample, data: bytes, recipe: Recipe) -> Faults:
 def judge_words(sample: Sample, text: str, recipe: Recipe) -> Faults:
     """Yield what is wrong with a caption's words, by the gate that answers pass.
 
-    Raises FailImage. The trigger counts as it does for ai-toolkit: toolkit/prompt_utils.py.
+    Raises FailImage. The trigger counts where ai-toolkit finds it: toolkit/prompt_utils.py.
     """
     lines = text.replace("\n", ", ") if recipe.style == "tags" else text
     whole = judge_reply(Reply(content=lines))  # as prose: tags may have underscores
@@ -3120,11 +3120,11 @@ def look_at(sample: Sample, recipe: Recipe) -> None:
     for path, judge in ((sample.caption, judge_text), (sample.image, judge_image)):
         try:
             for kind, detail in judge(sample, read_file(path), recipe) if path else ():
-                sample.find(kind, path, detail)
+                sample.add(kind, path, detail)
         except OSError as error:
-            sample.find("unreadable file", path, str(error.strerror))
+            sample.add("unreadable file", path, str(error.strerror))
         except FailImage as error:  # the advice behind its detail is for a run
-            sample.find(error.reason, path, error.detail.rpartition("; ")[0] or error.detail)
+            sample.add(error.reason, path, error.detail.rpartition("; ")[0] or error.detail)
 
 
 def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe) -> Iterator[Sample]:
@@ -3139,14 +3139,14 @@ def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe) -> Iter
             continue
         sample = Sample(path if os.path.isfile(path) else "")
         if isinstance(item, Outcome) and item.kind == "failed":
-            sample.find(reason, path, item.detail)
+            sample.add(reason, path, item.detail)
         if reason in {"", "shared caption file"}:
             beside = [stem + ext for ext in (dot_ext, *CAPTION_SUFFIXES)]
             sample.caption = next(filter(os.path.exists, beside), "")
             if not sample.caption:
-                sample.find("no caption", path)
+                sample.add("no caption", path)
             elif sample.caption != beside[0]:
-                sample.find("another extension", sample.caption, f"{dot_ext} is read")
+                sample.add("another extension", sample.caption, f"{dot_ext} is read")
         yield sample
     for _, path in walk_texts([Path(root)], (dot_ext.lower(),)):
         stem = os.path.splitext(path)[0].casefold()
@@ -3156,7 +3156,7 @@ def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe) -> Iter
 
 
 def judge_set(samples: Sequence[Sample]) -> None:
-    """Add what shows only beside the rest of a set."""
+    """Add what only a look at the whole set shows."""
     first: dict[tuple[str, str], str] = {}
     for sample in samples:
         for kind, content, path in (
@@ -3164,18 +3164,18 @@ def judge_set(samples: Sequence[Sample]) -> None:
             ("identical captions", sample.clean.casefold(), sample.caption),
         ):
             if content and first.setdefault((kind, content), path) != path:
-                sample.find(kind, path, f"the same as {first[kind, content]}")
+                sample.add(kind, path, f"the same as {first[kind, content]}")
     captioned = [sample for sample in samples if sample.clean]
     lengths = sorted(count_words(sample.clean) for sample in captioned)
     middle = lengths[len(lengths) // 2] if lengths else 0
     half = sum(bool(re.search(HALF, sample.clean)) for sample in captioned)
-    # where most captions have a last stop, one without it was cut off
+    # where nearly all captions end in a full stop, one without it was cut off
     cut = f"{DANGLING}|{HALF}" if half <= MANY * len(captioned) else DANGLING
     for sample in captioned:
         if count_words(sample.clean) * 5 < middle:
-            sample.find("very short", sample.caption, f"the middle one has {middle} words")
+            sample.add("very short", sample.caption, f"the middle one has {middle} words")
         if re.search(cut, sample.clean):
-            sample.find("cut off", sample.caption, f"…{sample.clean[-40:]}")
+            sample.add("cut off", sample.caption, f"…{sample.clean[-40:]}")
 
 
 def review_set(settings: Settings, image_dir: Path, recipe: Recipe) -> list[Sample]:
