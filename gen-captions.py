@@ -47,6 +47,7 @@ images failed; 2 wrong usage or settings; 3 stopped (key, quota, server, disk);
 from __future__ import annotations
 
 import argparse
+import asyncio
 import codecs
 import contextlib
 import dataclasses
@@ -81,7 +82,6 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from urllib.parse import quote, urlsplit
 
 if TYPE_CHECKING:  # imported where they are needed: --help and usage errors must not wait
-    from asyncio import Event, Future
     from collections.abc import AsyncIterator
     from types import FrameType
 
@@ -865,8 +865,10 @@ class Pair(NamedTuple):
 
 def kind_of(name: str) -> str:
     """Return the kind of a file by its name, blank for what is not worth a word."""
-    lower = name.lower()
-    return next((kind for kind, endings in KINDS.items() if lower.endswith(endings)), "")
+    for kind, endings in KINDS.items():
+        if name.lower().endswith(endings):
+            return kind
+    return ""
 
 
 def caption_key(image: str) -> str:
@@ -908,11 +910,12 @@ def walk_images(image_dir: Path, caption_dir: Path | None, ext: str) -> Iterator
                 images.append(name)
             elif kind:
                 yield Outcome(os.path.join(folder, name), "skipped", kind)
-        users = Counter(map(caption_key, images))
+        keys = sorted(map(caption_key, images))
+        shared = {key for key, other in itertools.pairwise(keys) if key == other}
         for name in images:
             path = os.path.join(folder, name)
             caption = f"{target}{os.path.splitext(name)[0]}.{ext}"
-            if users[caption_key(name)] > 1:
+            if caption_key(name) in shared:
                 said = f"another image would use {caption} too; rename one of them"
                 yield Outcome(path, "failed", "shared caption file", said)
                 continue
@@ -1033,18 +1036,6 @@ JOB_SUFFIXES = (".yaml", ".yml", ".json", ".jsonc")
 IS_JOB = rb"(?m)^[^\w\s#-]*job[\"']?\s*:|[{,\"]\s*job\"?\s*:"
 # of JSON; strings are found too, so that what looks like a comment in them stays
 COMMENT = r'(?s)("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/'
-
-
-def fill_prompt(recipe: Recipe, image: str, caption: str) -> str:
-    """Return the prompt for one image; `caption` is what its file says so far."""
-    values = {
-        "name": os.path.splitext(os.path.basename(image))[0],
-        "folder": os.path.basename(os.path.dirname(os.path.abspath(image))),
-        "caption": caption,
-        "exclude": ", ".join(recipe.exclude),
-    }
-    prompt = re.sub(PLACEHOLDER, lambda found: values[found[1]], recipe.prompt)
-    return prompt.encode(errors="replace").decode()  # a file's name may hold bytes of no letter
 
 
 def build_prompt(style: str, max_words: int | None, exclude: Sequence[str], own: str) -> str:
@@ -2032,12 +2023,7 @@ class Stop:
     def __init__(self) -> None:
         self.cause: StopRun | signal.Signals | None = None
         self.in_flight = 0  # requests
-
-    @functools.cached_property
-    def _event(self) -> Event:
-        import asyncio  # slow, and not needed where there is nothing to do
-
-        return asyncio.Event()
+        self._event = asyncio.Event()
 
     def set(self, cause: StopRun | signal.Signals) -> None:
         """End the run and say why; the first cause counts."""
@@ -2059,8 +2045,6 @@ class Stop:
 
     async def sleep(self, seconds: float) -> None:
         """Wait; raises StopRun as soon as the run ends."""
-        import asyncio
-
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._event.wait(), seconds)
         self.check()
@@ -2115,8 +2099,6 @@ class Throttle:
     """The pace of all workers: a hard cap, the server's own limits, a pause after 429s."""
 
     def __init__(self, rate: float | None, stop: Stop) -> None:
-        import asyncio
-
         self._now = asyncio.get_running_loop().time
         self._stop = stop
         self._cap_s = 1 / rate if rate else 0.0  # between two requests
@@ -2421,8 +2403,6 @@ class Asker:
 
     async def _post(self, body: bytes) -> tuple[Reply, Mapping[str, str]]:
         """Return what came back, however it came, and its headers."""
-        import asyncio
-
         settings = self._settings
         try:
             async with asyncio.timeout(settings.timeout):  # the HTTP client's is for each read
@@ -2476,7 +2456,8 @@ class Report:
         if outcome.kind == "failed":
             self._failures.append(outcome)
             log.error("%s: %s: %s", outcome.path, outcome.reason, outcome.detail)
-        self._write_line(describe_outcome(outcome._replace(notes=notes)))
+        if self.stream:
+            self._write_line(describe_outcome(outcome._replace(notes=notes)))
 
     @property
     def exit_code(self) -> int:
@@ -2548,9 +2529,7 @@ class Report:
 
     def _write_line(self, line: dict[str, Any]) -> None:
         try:
-            if self.stream:
-                self.stream.write(json.dumps(line) + "\n")  # ASCII: names may be no text
-                self.stream.flush()
+            print(json.dumps(line), file=self.stream, flush=True)  # ASCII: names may be no text
         except OSError as error:
             self.stream = None
             self.counts["failed"]["report not written"] += 1
@@ -3681,8 +3660,6 @@ def log_findings(run: Run) -> None:
 @contextlib.contextmanager
 def end_on_signals(stop: Stop) -> Iterator[None]:
     """Let the first Ctrl-C or SIGTERM end the run in order, the second at once."""
-    import asyncio
-
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task
 
@@ -3716,11 +3693,18 @@ def read_words(path: str) -> str:
 
 
 def make_prompt(recipe: Recipe, job: Job) -> str:
-    """Return the prompt for one image."""
-    hint = ""
+    """Return the prompt for one image, its placeholders filled in."""
+    caption, folder = "", os.path.dirname(os.path.abspath(job.image))
     if "{caption}" in recipe.prompt:  # or the tags in a .txt, if captions end in .caption
-        hint = read_words(job.caption) or read_words(os.path.splitext(job.image)[0] + ".txt")
-    return fill_prompt(recipe, job.image, hint)
+        caption = read_words(job.caption) or read_words(os.path.splitext(job.image)[0] + ".txt")
+    values = {
+        "name": os.path.splitext(os.path.basename(job.image))[0],
+        "folder": os.path.basename(folder),
+        "caption": caption,
+        "exclude": ", ".join(recipe.exclude),
+    }
+    prompt = re.sub(PLACEHOLDER, lambda found: values[found[1]], recipe.prompt)
+    return prompt.encode(errors="replace").decode()  # a file's name may hold bytes of no letter
 
 
 def expect(settings: Settings, recipe: Recipe, job: Job) -> Usage:
@@ -3802,13 +3786,11 @@ class Threads:
 
     def __init__(self, number: int) -> None:
         self._number = number
-        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[Any], Callable[[], Any]]] = deque()
         self._tasks = set[Any]()  # one for each thread at work
 
     async def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return what a function returns, or raise what it raises."""
-        import asyncio
-
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((future, functools.partial(function, *arguments)))
         if len(self._tasks) < self._number:
@@ -3817,8 +3799,6 @@ class Threads:
 
     async def _keep_busy(self) -> None:
         """Keep one thread busy while any work waits."""
-        import asyncio
-
         from aiofiles.os import wrap
 
         while self._waiting:
@@ -3827,9 +3807,9 @@ class Threads:
                     settle(result)
         self._tasks.discard(asyncio.current_task())
 
-    def _work(self) -> list[tuple[Future[Any], Callable[[Any], None], Any]]:
+    def _work(self) -> list[tuple[asyncio.Future[Any], Callable[[Any], None], Any]]:
         """Do what waits, for a moment; return how to settle it."""
-        done: list[tuple[Future[Any], Callable[[Any], None], Any]] = []
+        done: list[tuple[asyncio.Future[Any], Callable[[Any], None], Any]] = []
         end = time.monotonic() + BUSY_S
         with contextlib.suppress(IndexError):  # nothing waits
             while time.monotonic() < end:
@@ -3866,8 +3846,6 @@ class Captioner:
 
     async def caption(self, job: Job) -> Outcome:
         """Caption one image. Raises FailImage or StopRun, which the journal has then."""
-        import asyncio
-
         run = self._run
         question = await self.load(job)
         try:
@@ -3911,8 +3889,6 @@ async def handle_all(
 
     The workers share the iterator, so a job is made when one is free.
     """
-    import asyncio
-
     queue = iter(jobs)
 
     async def work() -> None:
@@ -3950,8 +3926,6 @@ async def ask_first(run: Run, asker: Asker, jobs: Iterator[Job]) -> None:
 
 async def caption_images(run: Run, jobs: list[Job]) -> None:
     """Caption images one by one. When our own engine ends, the run ends."""
-    import asyncio
-
     queue, connection = iter(jobs), open_connection(run.settings)
     async with connection.sdk:
         watch = asyncio.create_task(end_with(run.engine, run.stop)) if run.engine else None
@@ -4460,8 +4434,6 @@ def record_done(plan: Iterable[Job | Outcome], report: Report) -> bool:
 
 def caption_all(run: Run, command: str) -> None:
     """Caption the images of a run whose journal is locked."""
-    import asyncio
-
     jobs = collect_jobs(run, plan_run(run, load_parts(run.journal)))
     run.report.left = len(jobs)
     check_writable(jobs)
@@ -4532,6 +4504,8 @@ def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
         say(f"and {planned - most:,} more; -v lists all")
     for line in recipe.lines:
         say(line)
+    if settings.log_level == "debug":
+        print(recipe.prompt)
     if total.prompt:
         say(describe_cost(settings, total))
 
@@ -4624,8 +4598,6 @@ class LogFormatter(logging.Formatter):
 
 def name_worker() -> str:
     """Return the name of the worker that logs."""
-    import asyncio
-
     with contextlib.suppress(RuntimeError):  # no loop runs
         task = asyncio.current_task()
         if task and task.get_name().startswith("worker-"):

@@ -301,7 +301,7 @@ def test_hostile_captions_run_nothing(tool: Tool, make_image: ImageMaker, browse
 def test_ten_thousand_captions_and_a_phone_in_the_dark(tmp_path: Path, browser: Any) -> None:
     texts = [f"A man with {n} birds." + " Many trees." * (n % 90) for n in range(10_000)]
     samples = [gc.Sample(f"{tmp_path}/{n}.jpg", text=s, clean=s) for n, s in enumerate(texts)]
-    samples[7].find("refused", "7.txt", "no")
+    samples[7].add("refused", "7.txt", "no")
     (tmp_path / "a.html").write_bytes(gc.build_page("set", samples, str(tmp_path)))
     page, trouble = open_page(browser, tmp_path / "a.html")
     count, cards = page.locator("#count"), page.locator("li")

@@ -338,7 +338,7 @@ def test_what_other_tools_read_and_windows_hides_is_named_beside_a_missing_key(
     "words", ["--help", "-h", "-V", "--timeout x", "--overwrte", "", "--fix-encoding", "--undo"]
 )
 def test_usage_errors_and_help_do_not_wait_for_heavy_imports(tmp_path: Path, words: str) -> None:
-    heavy = {"openai", "httpx2", "PIL", "tenacity", "aiofiles", "tqdm", "asyncio", "yaml", "ftfy"}
+    heavy = {"openai", "httpx2", "PIL", "tenacity", "aiofiles", "tqdm", "yaml", "ftfy"}
     command = [sys.executable, "-X", "importtime", str(TOOL), *words.split()]
     environment = {"PATH": os.environ["PATH"], "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")}
     done = subprocess.run(
