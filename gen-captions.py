@@ -2698,51 +2698,41 @@ def ignore_signals() -> None:
 
 # ----------------------------------------------------------------------------------------- Encoding
 
-BOMS = (  # UTF-32 before UTF-16, one of whose marks begins like it
-    ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32", "utf-32"),
-    ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16", "utf-16"),
-    (codecs.BOM_UTF8, "BOM", "utf-8-sig"),
-    (b"", "", "utf-8"),
-)
-PAGES = (  # what legacy files come in, by Python's names; of two that read alike the first is said
+PAGES = (  # encodings of old files, the commonest of similar ones first, by Python's names
     "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 iso8859-2 iso8859-5 "
     "iso8859-7 koi8-r koi8-u cp866 cp874 gb18030 big5hkscs cp932 euc_jis_2004 cp949 "
-    "utf-16-le utf-16-be utf-32-le utf-32-be"
+    "utf-16-le utf-16-be"
 ).split()
-SAMPLE = 1 << 14  # bytes that are enough to judge by
-HOME, A_BIT = 1.3, 0.008  # how much likelier cp1252 is: times, and where nothing else speaks
-NOT_HOME = "[ÐÝÞðýþ]|[ãõ](?![oes])"  # in cp1252; more often Turkish, Baltic, Romanian
-DOUBT = 1.3  # times as likely as a reading in another language is beyond doubt
-FEW_LETTERS = 5  # of another script prove nothing when they are fewer
+SAMPLE_BYTES = 1 << 14  # the beginning of a file is enough to judge it
+# most old files are cp1252: its weight grows by the bonus, then by the factor
+CP1252_BONUS, CP1252_FACTOR = 0.008, 1.3
+NOT_CP1252 = "[ÐÝÞðýþ]|[ãõ](?![oes])"  # mostly Turkish, Baltic or Romanian, misread as cp1252
+CLEAR_LEAD = 1.3  # the best reading must weigh this many times the best in another language
+FEW_LETTERS = 5  # fewer letters of another script than this prove nothing
 FOREIGN_LETTER = "[\u0370-\u1fff\u3040-\uffff]"
 CONTROL = "[\x00-\x08\x0e-\x1f\x7f-\x9f]"
 CASED = [*map(chr, range(0xC0, 0x530))]  # Latin, Greek, Cyrillic
 SMALL, CAPITAL = "".join(filter(str.islower, CASED)), "".join(filter(str.isupper, CASED))
-ODD = "|".join(  # what a wrong page makes of a text
-    (
-        r"[^\w\s!-~¡£€¥§©«®°±´·»¿×÷‐-›№™\u0e00-\u0e7f\u3000-\u303f\uff01-\uff65]",  # a rare sign
-        "[ฃฅˆ-˝]",  # out of use in Thai; accents without letters
-        r"[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]",  # after a word, what stands before one
-        f"[a-z{SMALL}][{CAPITAL}]",  # a capital after a small letter
-        "[A-Za-zÀ-ɏ][Ͱ-ۿ]|[Ͱ-ۿ][A-Za-zÀ-ɏ]",  # two scripts in a word
-    )
+ODD = (  # what a text has when it was read with the wrong encoding
+    r"[^\w\s!-~¡£€¥§©«®°±´·»¿×÷‐-›№™\u0e00-\u0e7f\u3000-\u303f\uff01-\uff65]"  # a rare sign
+    r"|[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]"  # after a word, a sign that belongs before one
+    f"|[a-z{SMALL}][{CAPITAL}]"  # a capital after a small letter
+    "|[A-Za-zÀ-ɏ][Ͱ-ۿ]|[Ͱ-ۿ][A-Za-zÀ-ɏ]"  # two scripts in one word
 )
-STRAY = "[\udc80-\udcff]"  # a byte that is not UTF-8, as Python's surrogateescape has it
+STRAY = "[\udc80-\udcff]"  # how Python's surrogateescape shows a byte that is not UTF-8
 AS_CP1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(128, 256)}
 VALID = "[^\x00-\x7f\udc80-\udcff]"
 TOUCHING = f"{VALID}{STRAY}|{STRAY}{VALID}"
-CUT_SHORT = "[^\udc80-\udcff]*[\udcc2-\udcf4][\udc80-\udcbf]{0,2}"  # half a letter at the end
-# UTF-8 that was read as cp1252: a first byte, and as many more as it asks for. Only what has
-# such a run is shown to ftfy, which takes CAFÉ³, “Â” and 10 Å² for damage too.
+CUT_SHORT = "[^\udc80-\udcff]*[\udcc2-\udcf4][\udc80-\udcbf]{0,2}"  # ends within a letter
+# UTF-8 that was read as cp1252: the first byte of a letter, and the bytes that must follow it.
+# ftfy sees only texts that match, because it also "repairs" CAFÉ³, “Â” and 10 Å².
 MORE = f"[\x80-\xbf{bytes(range(0x80, 0xA0)).decode('cp1252', 'ignore')}]"
-DAMAGE = "|".join(
-    (
-        "[\x80-\x9f]",
-        f"(?<![A-ZÀ-Þ])[ÂÃ](?![“”‘’]){MORE}",
-        f"(?<=[a-zà-ÿ])[Ä-Þ]{MORE}",
-        f"(?:[Ä-Þ]{MORE}){{2}}",
-        f"[à-ô]{MORE}{{2}}",
-    )
+DAMAGE = (
+    "[\x80-\x9f]"
+    f"|(?<![A-ZÀ-Þ])[ÂÃ](?![“”‘’]){MORE}"
+    f"|(?<=[a-zà-ÿ])[Ä-Þ]{MORE}"
+    f"|(?:[Ä-Þ]{MORE}){{2}}"
+    f"|[à-ô]{MORE}{{2}}"
 )
 LOOK_AT_IT = "look at it in an editor"
 
@@ -2753,16 +2743,16 @@ class Decoding:
 
     kind: str  # "right", "unclear", "no text", or what was repaired: "cp1251", "BOM, mojibake"
     text: str = ""  # as it should be
-    why: str = ""  # it is unclear or no text, and what the user can do
+    why: str = ""  # where there is no text: the reason, and what the user can do
 
 
 NO_TEXT = Decoding("no text", why=f"zero or control bytes; {LOOK_AT_IT}")
 
 
 class Reading(NamedTuple):
-    """The beginning of a file, read in one of PAGES."""
+    """The beginning of a file, read with one of PAGES."""
 
-    weight: float
+    weight: float  # the likelier, the larger
     page: str
     language: str
     text: str
@@ -2772,11 +2762,9 @@ class Reading(NamedTuple):
 def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = True) -> Decoding:
     """Return what the bytes are.
 
-    `encoding` is that of bytes that are not UTF-8 and have no BOM. Without `letters` damage done
-    to letters before stays.
+    Bytes that are not UTF-8 and have no BOM are read with `encoding`, or with the likeliest one.
+    With `letters`, letters that an earlier program damaged are repaired.
     """
-    if data.isascii() and b"\0" not in data:
-        return Decoding("right", data.decode())
     found = read_bytes(data, encoding)
     if found.why:
         return found
@@ -2789,11 +2777,13 @@ def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = Tru
 
 
 def read_bytes(data: bytes, encoding: str | None) -> Decoding:
-    """Return the text of the bytes as they are; the kind is blank for UTF-8."""
-    kind, codec = next(row[1:] for row in BOMS if data.startswith(row[0]))
-    text = decode(data, codec)
-    if text is None and codec.startswith("utf-8"):
-        body = data.removeprefix(codecs.BOM_UTF8)
+    """Return the bytes as text; the kind is blank for UTF-8."""
+    body = data.removeprefix(codecs.BOM_UTF8)
+    kind, codec = "BOM" if body != data else "", "utf-8"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        kind, codec = "UTF-16", "utf-16"
+    text = decode(body, codec)
+    if text is None and codec == "utf-8":
         if not encoding:
             return guess(body)
         kind, text = encoding, decode(body, encoding)
@@ -2805,33 +2795,32 @@ def read_bytes(data: bytes, encoding: str | None) -> Decoding:
 
 
 def decode(data: bytes, codec: str) -> str | None:
-    """Return the text without the zero bytes that a crash leaves; None for no text."""
+    """Return the text without the zero bytes that a crash leaves; None if it is no text."""
     try:
         text = data.decode(codec).rstrip("\0")
-        text.encode()  # unicode_escape can make half characters
+        text.encode()  # fails for the half characters that unicode_escape can make
     except UnicodeError:
         return None
     return None if "\0" in text else text
 
 
 def guess(data: bytes) -> Decoding:
-    """Return the text of bytes that are not UTF-8."""
-    text = data.decode("utf-8", "surrogateescape")  # a stray byte becomes half a surrogate
+    """Return the likeliest text of bytes that are not UTF-8."""
+    text = data.decode("utf-8", "surrogateescape")
     valid = len(re.findall(VALID, text))
     if valid and b"\0" not in data:
         if mended := mend_strays(text):
             return Decoding("stray bytes", mended)
         if valid >= len(re.findall(STRAY, text)):
             return Decoding("unclear", why=f"mostly UTF-8, but not all of it; {LOOK_AT_IT}")
-    ranked, bare = rank(data), data.rstrip(b"\0")
-    if not ranked and b"\0" not in bare:
-        ranked = rank(bare)
+    bare = data.rstrip(b"\0")
+    ranked = rank(data) or ([] if b"\0" in bare else rank(bare))
     whole = decode(data, ranked[0].page) if ranked else None
     if whole is None:
         return NO_TEXT
     best, *others = ranked
     rivals = [other for other in others if other.language != best.language]
-    if not best.is_weak and not any(rival.weight * DOUBT > best.weight for rival in rivals):
+    if not best.is_weak and not any(rival.weight * CLEAR_LEAD > best.weight for rival in rivals):
         return Decoding(best.page, whole)
     said = [f'as {row.page} it reads "{shorten(row.text, 80)}"' for row in (best, *rivals[:1])]
     said.append(f"if the first is right, run again with --encoding {best.page}")
@@ -2839,18 +2828,20 @@ def guess(data: bytes) -> Decoding:
 
 
 def mend_strays(text: str) -> str:
-    """Return UTF-8 with its stray bytes read as cp1252, blank when they are something else."""
-    others = re.sub(VALID, " ", text).translate(AS_CP1252)  # what is UTF-8 may be of any language
-    is_else = re.fullmatch(CUT_SHORT, text) or re.search(TOUCHING, text) or re.search(ODD, others)
-    return "" if is_else else text.translate(AS_CP1252)
+    """Return UTF-8 with its stray bytes read as cp1252, blank where that does not fit them."""
+    others = re.sub(VALID, " ", text).translate(AS_CP1252)  # valid UTF-8 is never odd
+    if re.fullmatch(CUT_SHORT, text) or re.search(TOUCHING, text) or re.search(ODD, others):
+        return ""
+    return text.translate(AS_CP1252)
 
 
 def rank(data: bytes) -> list[Reading]:
-    """Return how the beginning of a file may be read, the likeliest first."""
-    sample = data[:SAMPLE]
+    """Return how the beginning of a file may be read, the likeliest reading first."""
+    sample = data[:SAMPLE_BYTES]
     found: dict[str, Reading] = {}
     for row in sorted(detect(sample), key=lambda row: PAGES.index(row["encoding"])):
         if reading := weigh(sample, row):
+            # of pages that give the same text, the commonest is named to the user
             first = found.setdefault(reading.text, reading)
             found[reading.text] = max(first, first._replace(weight=reading.weight))
     return sorted(found.values(), reverse=True)
@@ -2861,7 +2852,7 @@ def detect(sample: bytes) -> list[dict[str, Any]]:
     import chardet
 
     if b"\0" not in sample:
-        sample = b" " + sample  # it begins with a word; "BMW" alone begins a bitmap
+        sample = b" " + sample  # without the space, chardet takes "BMW, café" for a bitmap
     rows = chardet.detect_all(
         sample, ignore_threshold=True, compat_names=False, include_encodings=PAGES
     )
@@ -2869,28 +2860,28 @@ def detect(sample: bytes) -> list[dict[str, Any]]:
 
 
 def weigh(sample: bytes, row: Mapping[str, Any]) -> Reading | None:
-    """Return one of chardet's rows with its weight, None when it is no text."""
+    """Return the sample as one of chardet's rows reads it, None if that gives no text."""
     page = row["encoding"]
     try:
-        text = codecs.getincrementaldecoder(page)().decode(sample)  # the last letter may be cut
+        text = codecs.getincrementaldecoder(page)().decode(sample)  # which may end within a letter
     except UnicodeError:
         return None
     if re.search(CONTROL, text):
         return None
     letters = re.sub("[\x00-\x7f]", "", text)
-    if letters.isupper():  # chardet hardly knows capitals
+    if letters.isupper():  # chardet knows few capitals
         small = detect(text.lower().encode(page, "ignore"))
         row = next((other for other in small if other["encoding"] == page), row)
     is_odd = len(re.findall(ODD, text)) * 20 > len(letters)
     is_short = 0 < len(re.findall(FOREIGN_LETTER, letters)) < FEW_LETTERS
     weight = row["confidence"] / (1 + is_odd) / (1 + is_short)
-    if page == "cp1252" and not re.search(NOT_HOME, text):
-        weight = (weight + A_BIT) * HOME
+    if page == "cp1252" and not re.search(NOT_CP1252, text):
+        weight = (weight + CP1252_BONUS) * CP1252_FACTOR
     return Reading(weight, page, row["language"] or page, text, is_odd or is_short)
 
 
 def mend_letters(text: str) -> str | None:
-    """Return the text without UTF-8 misread as cp1252, None where letters are lost."""
+    """Return the text with UTF-8 that was read as cp1252 repaired, None where letters are lost."""
     if not re.search(DAMAGE, text):
         return text
     import ftfy
