@@ -2898,13 +2898,12 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".toml")
 
 
 def walk_texts(roots: Iterable[Path], suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-    """Yield (root, path) of each text below the roots; folders that cannot be read too."""
+    """Yield (root, path) of each text below the roots, and of each folder that cannot be read."""
     seen = set[str]()
     for root in roots:
         trouble = list[OSError]()
         for folder, names in walk_folders(str(root), trouble):
-            real = os.path.realpath(folder)
-            if real in seen:  # one root lies in another
+            if (real := os.path.realpath(folder)) in seen:  # one root lies in another
                 continue
             seen.add(real)
             for name in names:
@@ -2916,7 +2915,7 @@ def walk_texts(roots: Iterable[Path], suffixes: tuple[str, ...]) -> Iterator[tup
 def find_roots(settings: Settings, flag: str) -> list[Path]:
     """Return the folders that a command works on. Raises SettingsError."""
     places = (settings.caption_dir or settings.image_dir, settings.config_dir)
-    roots = [place for place in places if place]
+    roots = list({place.resolve(): place for place in places if place}.values())
     if not roots:
         raise SettingsError(f"{flag}: which folder? Type: gen-captions {flag} ./images")
     for root in roots:
@@ -2925,7 +2924,7 @@ def find_roots(settings: Settings, flag: str) -> list[Path]:
 
 
 def describe_change(data: bytes, text: str) -> str:
-    """Return the words that a repair changes, before and after."""
+    """Return each word that a repair changes, as it was and as it will be."""
     before = data.decode("utf-8", "backslashreplace")
     pairs = zip(before.split(), text.split(), strict=False)
     changed = [f"{old} → {new}" for old, new in pairs if old != new and "\0" not in old]
@@ -2933,25 +2932,25 @@ def describe_change(data: bytes, text: str) -> str:
 
 
 def look_at_text(path: str, settings: Settings) -> tuple[Outcome, bytes, str]:
-    """Return what should become of a text, its bytes, and the text as it should be."""
+    """Return what is to be done about a file, its bytes, and the text that they should be."""
     try:
         data, mode = read_file(path), os.stat(path).st_mode
     except OSError as error:
         return Outcome(path, "failed", "unreadable file", str(error.strerror)), b"", ""
     is_config = path.lower().endswith(CONFIG_SUFFIXES)
     found = decode_text(data, settings.encoding, letters=not is_config)
-    outcome = Outcome(path, "repaired", found.kind)
+    outcome = Outcome(path, "planned" if settings.dry_run else "repaired", found.kind)
     if found.kind == "right":
         outcome = Outcome(path, "skipped", "already right")
     elif found.why:
         outcome = Outcome(path, "failed", found.kind, found.why)
-    elif not mode & 0o222:  # the superuser could, and should not
+    elif not mode & 0o222:  # renaming would replace it all the same
         outcome = Outcome(path, "failed", "read-only file", "make it writable, then run again")
     return outcome, data, found.text
 
 
 def repair_text(outcome: Outcome, data: bytes, text: str, journal: Journal) -> Outcome:
-    """Write a text as it should be, unless somebody changed it since."""
+    """Write the repaired text, unless somebody changed the file since."""
     path, digest = outcome.path, hashlib.sha256(data).hexdigest()
     try:
         if not journal.write(path, text.encode(), Entry("repaired"), replaces=digest):
@@ -2970,12 +2969,10 @@ def run_repair(settings: Settings, roots: Sequence[Path], report: Report) -> Non
         for root, path in walk_texts(roots, suffixes):
             update()
             outcome, data, text = look_at_text(path, settings)
+            if outcome.kind == "planned":
+                say(f"{path}: {outcome.reason}: {describe_change(data, text)}")
             if outcome.kind != "repaired":
                 report.record(outcome)
-                continue
-            if settings.dry_run:
-                say(f"{path}: {outcome.reason}: {describe_change(data, text)}")
-                report.record(outcome._replace(kind="planned"))
                 continue
             if root not in journals:
                 journals[root] = stack.enter_context(contextlib.closing(Journal(root)))
@@ -3426,7 +3423,7 @@ def build_page(title: str, samples: Sequence[Sample], folder: str) -> bytes:
 # -------------------------------------------------------------------------------------- Local model
 
 
-LOCAL_MODELS = {  # at Hugging Face, and the commit of which docs/local-models.md speaks
+LOCAL_MODELS = {  # the repository at Hugging Face, and the commit
     "small": ("Qwen/Qwen3-VL-2B-Instruct-GGUF", "52d6c8ffea26cc873ac5ad116f8631268d7eb503"),
     "medium": ("Qwen/Qwen3-VL-4B-Instruct-GGUF", "1cd86afb9a95c410a6038ab3b40d8b578c892266"),
     "large": ("Qwen/Qwen3-VL-8B-Instruct-GGUF", "f982a07559d4a2f6c8744d840bf6fccab30eea96"),
@@ -3436,7 +3433,7 @@ LOCAL_MODELS = {  # at Hugging Face, and the commit of which docs/local-models.m
     ),
 }
 LOCAL_SERVERS = {"Ollama": 11434, "LM Studio": 1234, "llama.cpp": 8080, "vLLM": 8000}
-IMAGE_TOKENS = 3328  # 13 tiles of 256, the most that InternVL makes; all models are held to it
+IMAGE_TOKENS = 3328  # the most for one image: InternVL makes up to 13 tiles of 256
 BE_ENGINE = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='engine')['serve_model']()"
 
 
@@ -3457,29 +3454,26 @@ def describe_local_servers() -> list[str]:
     """Return how to use each model server that runs on this machine."""
     import shlex
 
-    lines = []
-    for name, port in LOCAL_SERVERS.items():
-        if models := list_models(port):
-            first, *others = map(shlex.quote, models)
-            choice = f" (or {shorten(', '.join(others))})" if others else ""
-            lines.append(f"{name}: --base-url http://127.0.0.1:{port}/v1 --model {first}{choice}")
-    return lines
+    return [
+        f"{name}: --base-url http://127.0.0.1:{port}/v1 --model {shorten(' or '.join(models))}"
+        for name, port in LOCAL_SERVERS.items()
+        if (models := [shlex.quote(model) for model in list_models(port)])
+    ]
 
 
 def check_local(model: str) -> None:
-    """Raise SettingsError if a package or file that a local model needs is not there."""
+    """Raise SettingsError if the packages for local models, or the model's file, are missing."""
     from importlib.util import find_spec
 
-    is_file = model.endswith(".gguf")
-    if is_file and not os.path.isfile(model):
+    if model.endswith(".gguf") and not os.path.isfile(model):
         raise SettingsError(f"--local: {model}: no such file")
-    needed = ("xllamacpp",) if is_file else ("xllamacpp", "huggingface_hub")
-    if missing := " and ".join(name for name in needed if find_spec(name) is None):
-        raise SettingsError(f"--local: needs {missing}: pip install -r requirements-local.txt")
+    if not all(map(find_spec, ("xllamacpp", "huggingface_hub"))):
+        said = "install gen-captions with its extra: pip install '.[local]'"
+        raise SettingsError(f"--local: packages are missing; {said}")
 
 
 def choose_files(paths: Iterable[str], quant: str) -> tuple[str, str]:
-    """Return the model of a quantization and its projector. Raises ValueError."""
+    """Return the model whose name contains `quant`, and its projector. Raises ValueError."""
     from difflib import get_close_matches
 
     ggufs = {os.path.basename(path): path for path in sorted(paths) if path.endswith(".gguf")}
@@ -3497,7 +3491,7 @@ def find_at_hub(repo: str, quant: str, commit: str) -> tuple[str, str]:
     """Return the paths of a model and its projector in the hub's cache, downloaded once."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-    with contextlib.suppress(OSError, ValueError):  # no request is made for what is there
+    with contextlib.suppress(OSError, ValueError):  # a model in the cache needs no request
         folder = snapshot_download(repo, revision=commit, local_files_only=True)
         return choose_files(map(str, Path(folder).rglob("*")), quant)
     found = HfApi().model_info(repo, revision=commit, files_metadata=True)
@@ -3511,93 +3505,84 @@ def find_at_hub(repo: str, quant: str, commit: str) -> tuple[str, str]:
 
 def find_model(model: str) -> tuple[str, str]:
     """Return the paths of a local model and its projector. Raises StopRun."""
+    is_file, hub = model.endswith(".gguf"), os.environ.get("HF_ENDPOINT", "huggingface.co")
+    task = f"read {model}" if is_file else f"download the model {model} from {hub}"
     try:
-        if model.endswith(".gguf"):
+        if is_file:
             beside = map(str, Path(model).parent.iterdir())
             return choose_files(beside, os.path.basename(model))
         name, commit = LOCAL_MODELS.get(model, (model, "main"))
         repo, _, quant = name.partition(":")
-        return find_at_hub(repo, quant or "Q4_K_M", commit)  # the usual one, also for llama.cpp
-    except Exception as error:  # the hub's own kinds, those of its connection, and the disk's
+        return find_at_hub(repo, quant or "Q4_K_M", commit)  # llama.cpp's default too
+    except Exception as error:  # the hub, its connection and the disk raise many types
         why = shorten(str(error) or type(error).__name__)
-        raise StopRun(f"--local: cannot get {model}: {why}") from error
+        raise StopRun(f"--local: cannot {task}: {why}") from error
 
 
 def serve_model() -> None:
-    """Be the engine: a process that ends with the one that started it."""
+    """Serve the model, in a process that ends with the one that started it."""
 
     def end_with_parent() -> None:
-        os.read(0, 1)  # standard input ends when nobody holds its other end
+        os.read(0, 1)  # returns when the parent has ended, because it holds the other end
         os._exit(0)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    if sys.platform == "linux":  # while a model is loaded, no thread runs
+    if sys.platform == "linux":  # while llama.cpp loads a model, no Python thread runs
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     import xllamacpp
 
-    options = json.loads(os.environ["GEN_CAPTIONS_ENGINE"])
     params = xllamacpp.CommonParams()
-    params.model.path, params.mmproj.path = options["files"]
-    params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [options["key"]]
-    params.n_parallel, params.n_ctx = options["slots"], options["context"]
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
+    params.hostnames, params.port = ["127.0.0.1"], 0
+    files, key, slots, tokens = json.loads(os.environ["GEN_CAPTIONS_ENGINE"])
+    params.model.path, params.mmproj.path = files
+    params.api_keys = [key]
+    params.n_parallel, params.n_ctx = slots, slots * tokens
+    # a thread that waits keeps its processor busy; without a free processor all are slow
+    threads = max(1, count_processors() - 1)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.image_max_tokens = IMAGE_TOKENS
     params.enable_reasoning = 0
-    params.cache_ram_mib = 0  # of prompts; each image is asked about once
+    params.cache_ram_mib = 0  # a prompt's cache is no use: each image is asked about once
     params.verbosity = 1  # errors
-    # Qwen's own values; its models loop without: https://github.com/QwenLM/Qwen3-VL/issues/1611
+    # Qwen's values; its models loop without them: https://github.com/QwenLM/Qwen3-VL/issues/1611
     sampling = params.sampling
     sampling.temp, sampling.top_p, sampling.top_k = 0.7, 0.8, 20
     sampling.penalty_present = 1.5
     try:
         server = xllamacpp.Server(params)
     except RuntimeError:
-        time.sleep(1)  # a thread of llama.cpp's writes why
+        time.sleep(1)  # a thread of llama.cpp still writes the reason
         sys.exit(1)
     print(server.listening_address, flush=True)
     threading.Event().wait()
 
 
-def start_engine(settings: Settings, prompt: str, key: str) -> subprocess.Popen[str]:
-    """Start the engine that --local asks for. Raises StopRun."""
-    files = find_model(str(settings.local))
-    log.info("loading %s with %s", *files)
-    prompt_tokens = 1024 + len(prompt.encode()) // 2  # the model's own words around it, at most
-    tokens = IMAGE_TOKENS + prompt_tokens + settings.max_tokens
-    options = {
-        "files": files,
-        "key": key,
-        "slots": settings.thread_pool,
-        "context": settings.thread_pool * tokens,
-        # threads wait for each other busily; beside others, one for each processor is very slow
-        "threads": max(1, count_processors() - 1),
-    }
-    return subprocess.Popen(  # noqa: S603
-        [sys.executable, "-P", "-c", BE_ENGINE, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "GEN_CAPTIONS_ENGINE": json.dumps(options)},
-        start_new_session=True,  # the first Ctrl-C ends neither it nor the answers on their way
-    )
-
-
 def describe_end(process: subprocess.Popen[str]) -> str:
-    """Return how the engine ended; why, it said itself."""
-    if (code := process.wait()) == -9:
-        return "--local: the engine was killed; where memory is short, take a smaller model"
-    return f"--local: the engine ended with code {code}; what it said is above"
+    """Wait for the engine's end; return what to say about it."""
+    said = "its own words are above; if there are none, take a smaller model: memory was short"
+    return f"--local: the engine ended with code {process.wait()}; {said}"
 
 
 @contextlib.contextmanager
 def open_engine(
     settings: Settings, prompt: str
 ) -> Iterator[tuple[Settings, subprocess.Popen[str]]]:
-    """Yield the settings that lead to the engine, and its process. Raises StopRun."""
-    key = os.urandom(16).hex()
-    with start_engine(settings, prompt, key) as process:  # closes its pipes at the end
+    """Start the engine; yield the settings that lead to it, and its process. Raises StopRun."""
+    files, key = find_model(str(settings.local)), os.urandom(16).hex()
+    log.info("loading %s with %s", *files)
+    prompt_tokens = 1024 + len(prompt.encode()) // 2  # at most, with the model's own words
+    tokens = IMAGE_TOKENS + prompt_tokens + settings.max_tokens
+    options = json.dumps([files, key, settings.thread_pool, tokens])
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, "-P", "-c", BE_ENGINE, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "GEN_CAPTIONS_ENGINE": options},
+        start_new_session=True,  # so that the first Ctrl-C does not end it
+    ) as process:
         address = process.stdout.readline().strip() if process.stdout else ""
         if not address:
             raise StopRun(describe_end(process))
@@ -3606,7 +3591,7 @@ def open_engine(
 
 async def end_with(process: subprocess.Popen[str], stop: Stop) -> None:
     """End the run when the engine ends."""
-    with contextlib.suppress(StopRun):  # from the nap, when the run ends first
+    with contextlib.suppress(StopRun):  # sleep raises it when the run ends first
         while process.poll() is None:
             await stop.sleep(0.1)
         stop.set(StopRun(describe_end(process)))
