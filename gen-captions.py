@@ -2698,34 +2698,34 @@ def ignore_signals() -> None:
 
 # ----------------------------------------------------------------------------------------- Encoding
 
-PAGES = (  # encodings of old files, the commonest of similar ones first, by Python's names
+PAGES = (  # encodings of old files; of similar ones the commonest first
     "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 iso8859-2 iso8859-5 "
     "iso8859-7 koi8-r koi8-u cp866 cp874 gb18030 big5hkscs cp932 euc_jis_2004 cp949 "
     "utf-16-le utf-16-be"
 ).split()
-SAMPLE_BYTES = 1 << 14  # the beginning of a file is enough to judge it
-# most old files are cp1252: its weight grows by the bonus, then by the factor
+SAMPLE_BYTES = 1 << 14  # enough to judge a file by
+# most old files are cp1252, so it gets a bonus, then a factor
 CP1252_BONUS, CP1252_FACTOR = 0.008, 1.3
-NOT_CP1252 = "[ÐÝÞðýþ]|[ãõ](?![oes])"  # mostly Turkish, Baltic or Romanian, misread as cp1252
-CLEAR_LEAD = 1.3  # the best reading must weigh this many times the best in another language
-FEW_LETTERS = 5  # fewer letters of another script than this prove nothing
+NOT_CP1252 = "[ÐÝÞðýþ]|[ãõ](?![oes])"  # mostly Turkish, Baltic or Romanian
+CLEAR_LEAD = 1.3  # how many times the best reading outweighs other languages
+FEW_LETTERS = 5  # fewer letters of another script prove nothing
 FOREIGN_LETTER = "[\u0370-\u1fff\u3040-\uffff]"
 CONTROL = "[\x00-\x08\x0e-\x1f\x7f-\x9f]"
 CASED = [*map(chr, range(0xC0, 0x530))]  # Latin, Greek, Cyrillic
 SMALL, CAPITAL = "".join(filter(str.islower, CASED)), "".join(filter(str.isupper, CASED))
-ODD = (  # what a text has when it was read with the wrong encoding
+ODD = (  # what a wrong encoding makes of a text
     r"[^\w\s!-~¡£€¥§©«®°±´·»¿×÷‐-›№™\u0e00-\u0e7f\u3000-\u303f\uff01-\uff65]"  # a rare sign
-    r"|[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]"  # after a word, a sign that belongs before one
+    r"|[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]"  # after a word, what stands before one
     f"|[a-z{SMALL}][{CAPITAL}]"  # a capital after a small letter
     "|[A-Za-zÀ-ɏ][Ͱ-ۿ]|[Ͱ-ۿ][A-Za-zÀ-ɏ]"  # two scripts in one word
 )
-STRAY = "[\udc80-\udcff]"  # how Python's surrogateescape shows a byte that is not UTF-8
+STRAY = "[\udc80-\udcff]"  # a byte that is not UTF-8, as surrogateescape shows it
 AS_CP1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(128, 256)}
 VALID = "[^\x00-\x7f\udc80-\udcff]"
 TOUCHING = f"{VALID}{STRAY}|{STRAY}{VALID}"
 CUT_SHORT = "[^\udc80-\udcff]*[\udcc2-\udcf4][\udc80-\udcbf]{0,2}"  # ends within a letter
-# UTF-8 that was read as cp1252: the first byte of a letter, and the bytes that must follow it.
-# ftfy sees only texts that match, because it also "repairs" CAFÉ³, “Â” and 10 Å².
+# UTF-8 that was read as cp1252: the first byte of a letter, and those that must follow it.
+# ftfy sees only such texts: it also "repairs" CAFÉ³, “Â” and 10 Å².
 MORE = f"[\x80-\xbf{bytes(range(0x80, 0xA0)).decode('cp1252', 'ignore')}]"
 DAMAGE = (
     "[\x80-\x9f]"
@@ -2743,7 +2743,7 @@ class Decoding:
 
     kind: str  # "right", "unclear", "no text", or what was repaired: "cp1251", "BOM, mojibake"
     text: str = ""  # as it should be
-    why: str = ""  # where there is no text: the reason, and what the user can do
+    why: str = ""  # why there is no text, and what the user can do
 
 
 NO_TEXT = Decoding("no text", why=f"zero or control bytes; {LOOK_AT_IT}")
@@ -2762,8 +2762,8 @@ class Reading(NamedTuple):
 def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = True) -> Decoding:
     """Return what the bytes are.
 
-    Bytes that are not UTF-8 and have no BOM are read with `encoding`, or with the likeliest one.
-    With `letters`, letters that an earlier program damaged are repaired.
+    `encoding` is for bytes that are not UTF-8 and have no BOM.
+    With `letters`, damaged letters are repaired.
     """
     found = read_bytes(data, encoding)
     if found.why:
@@ -2777,7 +2777,7 @@ def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = Tru
 
 
 def read_bytes(data: bytes, encoding: str | None) -> Decoding:
-    """Return the bytes as text; the kind is blank for UTF-8."""
+    """Return the bytes as text; UTF-8 has a blank kind."""
     body = data.removeprefix(codecs.BOM_UTF8)
     kind, codec = "BOM" if body != data else "", "utf-8"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -2795,10 +2795,10 @@ def read_bytes(data: bytes, encoding: str | None) -> Decoding:
 
 
 def decode(data: bytes, codec: str) -> str | None:
-    """Return the text without the zero bytes that a crash leaves; None if it is no text."""
+    """Return the text without the zero bytes that a crash leaves; None if there is none."""
     try:
         text = data.decode(codec).rstrip("\0")
-        text.encode()  # fails for the half characters that unicode_escape can make
+        text.encode()  # unicode_escape can make half characters
     except UnicodeError:
         return None
     return None if "\0" in text else text
@@ -2828,7 +2828,7 @@ def guess(data: bytes) -> Decoding:
 
 
 def mend_strays(text: str) -> str:
-    """Return UTF-8 with its stray bytes read as cp1252, blank where that does not fit them."""
+    """Return UTF-8 with its stray bytes read as cp1252, blank where that cannot be."""
     others = re.sub(VALID, " ", text).translate(AS_CP1252)  # valid UTF-8 is never odd
     if re.fullmatch(CUT_SHORT, text) or re.search(TOUCHING, text) or re.search(ODD, others):
         return ""
@@ -2836,12 +2836,12 @@ def mend_strays(text: str) -> str:
 
 
 def rank(data: bytes) -> list[Reading]:
-    """Return how the beginning of a file may be read, the likeliest reading first."""
+    """Return how the beginning of a file may be read, the likeliest first."""
     sample = data[:SAMPLE_BYTES]
     found: dict[str, Reading] = {}
     for row in sorted(detect(sample), key=lambda row: PAGES.index(row["encoding"])):
         if reading := weigh(sample, row):
-            # of pages that give the same text, the commonest is named to the user
+            # where pages give the same text, the commonest is named
             first = found.setdefault(reading.text, reading)
             found[reading.text] = max(first, first._replace(weight=reading.weight))
     return sorted(found.values(), reverse=True)
@@ -2852,7 +2852,7 @@ def detect(sample: bytes) -> list[dict[str, Any]]:
     import chardet
 
     if b"\0" not in sample:
-        sample = b" " + sample  # without the space, chardet takes "BMW, café" for a bitmap
+        sample = b" " + sample  # chardet takes "BMW, café" for a bitmap
     rows = chardet.detect_all(
         sample, ignore_threshold=True, compat_names=False, include_encodings=PAGES
     )
@@ -2881,7 +2881,7 @@ def weigh(sample: bytes, row: Mapping[str, Any]) -> Reading | None:
 
 
 def mend_letters(text: str) -> str | None:
-    """Return the text with UTF-8 that was read as cp1252 repaired, None where letters are lost."""
+    """Repair UTF-8 that was read as cp1252; return None where letters are lost."""
     if not re.search(DAMAGE, text):
         return text
     import ftfy
@@ -2898,12 +2898,13 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".toml")
 
 
 def walk_texts(roots: Iterable[Path], suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-    """Yield (root, path) of each text below the roots, and of each folder that cannot be read."""
+    """Yield (root, path) of each text below the roots, and of each unreadable folder."""
     seen = set[str]()
     for root in roots:
         trouble = list[OSError]()
         for folder, names in walk_folders(str(root), trouble):
-            if (real := os.path.realpath(folder)) in seen:  # one root lies in another
+            real = os.path.realpath(folder)
+            if real in seen:  # one root lies in another
                 continue
             seen.add(real)
             for name in names:
@@ -2915,16 +2916,16 @@ def walk_texts(roots: Iterable[Path], suffixes: tuple[str, ...]) -> Iterator[tup
 def find_roots(settings: Settings, flag: str) -> list[Path]:
     """Return the folders that a command works on. Raises SettingsError."""
     places = (settings.caption_dir or settings.image_dir, settings.config_dir)
-    roots = list({place.resolve(): place for place in places if place}.values())
+    roots = {place.resolve(): place for place in places if place}
     if not roots:
         raise SettingsError(f"{flag}: which folder? Type: gen-captions {flag} ./images")
-    for root in roots:
+    for root in roots.values():
         check_folder(flag, root)
-    return roots
+    return list(roots.values())
 
 
 def describe_change(data: bytes, text: str) -> str:
-    """Return each word that a repair changes, as it was and as it will be."""
+    """Return the words that a repair changes, before and after."""
     before = data.decode("utf-8", "backslashreplace")
     pairs = zip(before.split(), text.split(), strict=False)
     changed = [f"{old} → {new}" for old, new in pairs if old != new and "\0" not in old]
@@ -2932,19 +2933,20 @@ def describe_change(data: bytes, text: str) -> str:
 
 
 def look_at_text(path: str, settings: Settings) -> tuple[Outcome, bytes, str]:
-    """Return what is to be done about a file, its bytes, and the text that they should be."""
+    """Return what to do about a file, its bytes and its right text."""
     try:
         data, mode = read_file(path), os.stat(path).st_mode
     except OSError as error:
         return Outcome(path, "failed", "unreadable file", str(error.strerror)), b"", ""
     is_config = path.lower().endswith(CONFIG_SUFFIXES)
     found = decode_text(data, settings.encoding, letters=not is_config)
-    outcome = Outcome(path, "planned" if settings.dry_run else "repaired", found.kind)
+    kind = "planned" if settings.dry_run else "repaired"
+    outcome = Outcome(path, kind, found.kind)
     if found.kind == "right":
         outcome = Outcome(path, "skipped", "already right")
     elif found.why:
         outcome = Outcome(path, "failed", found.kind, found.why)
-    elif not mode & 0o222:  # renaming would replace it all the same
+    elif not mode & 0o222:  # it would be replaced
         outcome = Outcome(path, "failed", "read-only file", "make it writable, then run again")
     return outcome, data, found.text
 
@@ -2962,7 +2964,7 @@ def repair_text(outcome: Outcome, data: bytes, text: str, journal: Journal) -> O
 
 
 def run_repair(settings: Settings, roots: Sequence[Path], report: Report) -> None:
-    """Make every text below the roots UTF-8. Raises StopRun where originals cannot be kept."""
+    """Make every text UTF-8. Raises StopRun where originals cannot be kept."""
     suffixes = (*CAPTION_SUFFIXES, *CONFIG_SUFFIXES, f".{settings.caption_ext or 'txt'}".lower())
     journals: dict[Path, Journal] = {}
     with contextlib.ExitStack() as stack, show_progress(None, "text", report) as update:
@@ -3462,7 +3464,7 @@ def describe_local_servers() -> list[str]:
 
 
 def check_local(model: str) -> None:
-    """Raise SettingsError if the packages for local models, or the model's file, are missing."""
+    """Raise SettingsError if packages or the model's file are missing."""
     from importlib.util import find_spec
 
     if model.endswith(".gguf") and not os.path.isfile(model):
@@ -3497,7 +3499,7 @@ def find_at_hub(repo: str, quant: str, commit: str) -> tuple[str, str]:
     found = HfApi().model_info(repo, revision=commit, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
     files = choose_files(sizes, quant)
-    gigabytes = sum(map(sizes.__getitem__, files)) / 1e9
+    gigabytes = sum(sizes[file] for file in files) / 1e9
     log.info("downloading %.2f GB from %s: %s, %s", gigabytes, constants.ENDPOINT, *files)
     model, projector = (hf_hub_download(repo, file, revision=commit) for file in files)
     return model, projector
@@ -3514,7 +3516,7 @@ def find_model(model: str) -> tuple[str, str]:
         name, commit = LOCAL_MODELS.get(model, (model, "main"))
         repo, _, quant = name.partition(":")
         return find_at_hub(repo, quant or "Q4_K_M", commit)  # llama.cpp's default too
-    except Exception as error:  # the hub, its connection and the disk raise many types
+    except Exception as error:  # the hub, the network and the disk raise many types
         why = shorten(str(error) or type(error).__name__)
         raise StopRun(f"--local: cannot {task}: {why}") from error
 
@@ -3523,7 +3525,7 @@ def serve_model() -> None:
     """Serve the model, in a process that ends with the one that started it."""
 
     def end_with_parent() -> None:
-        os.read(0, 1)  # returns when the parent has ended, because it holds the other end
+        os.read(0, 1)  # returns when the parent ends, which holds the other end
         os._exit(0)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -3539,12 +3541,12 @@ def serve_model() -> None:
     params.model.path, params.mmproj.path = files
     params.api_keys = [key]
     params.n_parallel, params.n_ctx = slots, slots * tokens
-    # a thread that waits keeps its processor busy; without a free processor all are slow
+    # waiting threads are busy, so one processor stays free
     threads = max(1, count_processors() - 1)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.image_max_tokens = IMAGE_TOKENS
     params.enable_reasoning = 0
-    params.cache_ram_mib = 0  # a prompt's cache is no use: each image is asked about once
+    params.cache_ram_mib = 0  # no cache of prompts: each image is asked about once
     params.verbosity = 1  # errors
     # Qwen's values; its models loop without them: https://github.com/QwenLM/Qwen3-VL/issues/1611
     sampling = params.sampling
@@ -3561,7 +3563,7 @@ def serve_model() -> None:
 
 def describe_end(process: subprocess.Popen[str]) -> str:
     """Wait for the engine's end; return what to say about it."""
-    said = "its own words are above; if there are none, take a smaller model: memory was short"
+    said = "see above; if nothing is said there, take a smaller model"
     return f"--local: the engine ended with code {process.wait()}; {said}"
 
 
@@ -3569,7 +3571,7 @@ def describe_end(process: subprocess.Popen[str]) -> str:
 def open_engine(
     settings: Settings, prompt: str
 ) -> Iterator[tuple[Settings, subprocess.Popen[str]]]:
-    """Start the engine; yield the settings that lead to it, and its process. Raises StopRun."""
+    """Yield the settings that lead to the engine, and its process. Raises StopRun."""
     files, key = find_model(str(settings.local)), os.urandom(16).hex()
     log.info("loading %s with %s", *files)
     prompt_tokens = 1024 + len(prompt.encode()) // 2  # at most, with the model's own words
@@ -3581,7 +3583,7 @@ def open_engine(
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "GEN_CAPTIONS_ENGINE": options},
-        start_new_session=True,  # so that the first Ctrl-C does not end it
+        start_new_session=True,  # the first Ctrl-C does not end it
     ) as process:
         address = process.stdout.readline().strip() if process.stdout else ""
         if not address:

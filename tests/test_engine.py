@@ -182,7 +182,7 @@ def test_an_engine_that_dies_ends_the_run_and_the_same_command_goes_on(
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 3, said
     assert (
-        "the engine ended with code -9; its own words are above; if there are none, take a smaller model"
+        "the engine ended with code -9; see above; if nothing is said there, take a smaller model"
         in said
     )
     before = captions(local.folder / "images")
