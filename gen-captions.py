@@ -2634,51 +2634,41 @@ def ignore_signals() -> None:
 
 # ----------------------------------------------------------------------------------------- Encoding
 
-BOMS = (  # UTF-32 before UTF-16, one of whose marks begins like it
-    ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32", "utf-32"),
-    ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16", "utf-16"),
-    (codecs.BOM_UTF8, "BOM", "utf-8-sig"),
-    (b"", "", "utf-8"),
-)
-PAGES = (  # what legacy files come in, by Python's names; of two that read alike the first is said
+PAGES = (  # encodings of old files; of similar ones the commonest first
     "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 iso8859-2 iso8859-5 "
     "iso8859-7 koi8-r koi8-u cp866 cp874 gb18030 big5hkscs cp932 euc_jis_2004 cp949 "
-    "utf-16-le utf-16-be utf-32-le utf-32-be"
+    "utf-16-le utf-16-be"
 ).split()
-SAMPLE = 1 << 14  # bytes that are enough to judge by
-HOME, A_BIT = 1.3, 0.008  # how much likelier cp1252 is: times, and where nothing else speaks
-NOT_HOME = "[ÐÝÞðýþ]|[ãõ](?![oes])"  # in cp1252; more often Turkish, Baltic, Romanian
-DOUBT = 1.3  # times as likely as a reading in another language is beyond doubt
-FEW_LETTERS = 5  # of another script prove nothing when they are fewer
+SAMPLE_BYTES = 1 << 14  # enough to judge a file by
+# most old files are cp1252, so it gets a bonus, then a factor
+CP1252_BONUS, CP1252_FACTOR = 0.008, 1.3
+NOT_CP1252 = "[ÐÝÞðýþ]|[ãõ](?![oes])"  # mostly Turkish, Baltic or Romanian
+CLEAR_LEAD = 1.3  # how many times the best reading outweighs other languages
+FEW_LETTERS = 5  # fewer letters of another script prove nothing
 FOREIGN_LETTER = "[\u0370-\u1fff\u3040-\uffff]"
 CONTROL = "[\x00-\x08\x0e-\x1f\x7f-\x9f]"
 CASED = [*map(chr, range(0xC0, 0x530))]  # Latin, Greek, Cyrillic
 SMALL, CAPITAL = "".join(filter(str.islower, CASED)), "".join(filter(str.isupper, CASED))
-ODD = "|".join(  # what a wrong page makes of a text
-    (
-        r"[^\w\s!-~¡£€¥§©«®°±´·»¿×÷‐-›№™\u0e00-\u0e7f\u3000-\u303f\uff01-\uff65]",  # a rare sign
-        "[ฃฅˆ-˝]",  # out of use in Thai; accents without letters
-        r"[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]",  # after a word, what stands before one
-        f"[a-z{SMALL}][{CAPITAL}]",  # a capital after a small letter
-        "[A-Za-zÀ-ɏ][Ͱ-ۿ]|[Ͱ-ۿ][A-Za-zÀ-ɏ]",  # two scripts in a word
-    )
+ODD = (  # what a wrong encoding makes of a text
+    r"[^\w\s!-~¡£€¥§©«®°±´·»¿×÷‐-›№™\u0e00-\u0e7f\u3000-\u303f\uff01-\uff65]"  # a rare sign
+    r"|[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]"  # after a word, what stands before one
+    f"|[a-z{SMALL}][{CAPITAL}]"  # a capital after a small letter
+    "|[A-Za-zÀ-ɏ][Ͱ-ۿ]|[Ͱ-ۿ][A-Za-zÀ-ɏ]"  # two scripts in one word
 )
-STRAY = "[\udc80-\udcff]"  # a byte that is not UTF-8, as Python's surrogateescape has it
+STRAY = "[\udc80-\udcff]"  # a byte that is not UTF-8, as surrogateescape shows it
 AS_CP1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(128, 256)}
 VALID = "[^\x00-\x7f\udc80-\udcff]"
 TOUCHING = f"{VALID}{STRAY}|{STRAY}{VALID}"
-CUT_SHORT = "[^\udc80-\udcff]*[\udcc2-\udcf4][\udc80-\udcbf]{0,2}"  # half a letter at the end
-# UTF-8 that was read as cp1252: a first byte, and as many more as it asks for. Only what has
-# such a run is shown to ftfy, which takes CAFÉ³, “Â” and 10 Å² for damage too.
+CUT_SHORT = "[^\udc80-\udcff]*[\udcc2-\udcf4][\udc80-\udcbf]{0,2}"  # ends within a letter
+# UTF-8 that was read as cp1252: the first byte of a letter, and those that must follow it.
+# ftfy sees only such texts: it also "repairs" CAFÉ³, “Â” and 10 Å².
 MORE = f"[\x80-\xbf{bytes(range(0x80, 0xA0)).decode('cp1252', 'ignore')}]"
-DAMAGE = "|".join(
-    (
-        "[\x80-\x9f]",
-        f"(?<![A-ZÀ-Þ])[ÂÃ](?![“”‘’]){MORE}",
-        f"(?<=[a-zà-ÿ])[Ä-Þ]{MORE}",
-        f"(?:[Ä-Þ]{MORE}){{2}}",
-        f"[à-ô]{MORE}{{2}}",
-    )
+DAMAGE = (
+    "[\x80-\x9f]"
+    f"|(?<![A-ZÀ-Þ])[ÂÃ](?![“”‘’]){MORE}"
+    f"|(?<=[a-zà-ÿ])[Ä-Þ]{MORE}"
+    f"|(?:[Ä-Þ]{MORE}){{2}}"
+    f"|[à-ô]{MORE}{{2}}"
 )
 LOOK_AT_IT = "look at it in an editor"
 
@@ -2689,16 +2679,16 @@ class Decoding:
 
     kind: str  # "right", "unclear", "no text", or what was repaired: "cp1251", "BOM, mojibake"
     text: str = ""  # as it should be
-    why: str = ""  # it is unclear or no text, and what the user can do
+    why: str = ""  # why there is no text, and what the user can do
 
 
 NO_TEXT = Decoding("no text", why=f"zero or control bytes; {LOOK_AT_IT}")
 
 
 class Reading(NamedTuple):
-    """The beginning of a file, read in one of PAGES."""
+    """The beginning of a file, read with one of PAGES."""
 
-    weight: float
+    weight: float  # the likelier, the larger
     page: str
     language: str
     text: str
@@ -2708,11 +2698,9 @@ class Reading(NamedTuple):
 def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = True) -> Decoding:
     """Return what the bytes are.
 
-    `encoding` is that of bytes that are not UTF-8 and have no BOM. Without `letters` damage done
-    to letters before stays.
+    `encoding` is for bytes that are not UTF-8 and have no BOM.
+    With `letters`, damaged letters are repaired.
     """
-    if data.isascii() and b"\0" not in data:
-        return Decoding("right", data.decode())
     found = read_bytes(data, encoding)
     if found.why:
         return found
@@ -2725,11 +2713,13 @@ def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = Tru
 
 
 def read_bytes(data: bytes, encoding: str | None) -> Decoding:
-    """Return the text of the bytes as they are; the kind is blank for UTF-8."""
-    kind, codec = next(row[1:] for row in BOMS if data.startswith(row[0]))
-    text = decode(data, codec)
-    if text is None and codec.startswith("utf-8"):
-        body = data.removeprefix(codecs.BOM_UTF8)
+    """Return the bytes as text; UTF-8 has a blank kind."""
+    body = data.removeprefix(codecs.BOM_UTF8)
+    kind, codec = "BOM" if body != data else "", "utf-8"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        kind, codec = "UTF-16", "utf-16"
+    text = decode(body, codec)
+    if text is None and codec == "utf-8":
         if not encoding:
             return guess(body)
         kind, text = encoding, decode(body, encoding)
@@ -2741,7 +2731,7 @@ def read_bytes(data: bytes, encoding: str | None) -> Decoding:
 
 
 def decode(data: bytes, codec: str) -> str | None:
-    """Return the text without the zero bytes that a crash leaves; None for no text."""
+    """Return the text without the zero bytes that a crash leaves; None if there is none."""
     try:
         text = data.decode(codec).rstrip("\0")
         text.encode()  # unicode_escape can make half characters
@@ -2751,23 +2741,22 @@ def decode(data: bytes, codec: str) -> str | None:
 
 
 def guess(data: bytes) -> Decoding:
-    """Return the text of bytes that are not UTF-8."""
-    text = data.decode("utf-8", "surrogateescape")  # a stray byte becomes half a surrogate
+    """Return the likeliest text of bytes that are not UTF-8."""
+    text = data.decode("utf-8", "surrogateescape")
     valid = len(re.findall(VALID, text))
     if valid and b"\0" not in data:
         if mended := mend_strays(text):
             return Decoding("stray bytes", mended)
         if valid >= len(re.findall(STRAY, text)):
             return Decoding("unclear", why=f"mostly UTF-8, but not all of it; {LOOK_AT_IT}")
-    ranked, bare = rank(data), data.rstrip(b"\0")
-    if not ranked and b"\0" not in bare:
-        ranked = rank(bare)
+    bare = data.rstrip(b"\0")
+    ranked = rank(data) or ([] if b"\0" in bare else rank(bare))
     whole = decode(data, ranked[0].page) if ranked else None
     if whole is None:
         return NO_TEXT
     best, *others = ranked
     rivals = [other for other in others if other.language != best.language]
-    if not best.is_weak and not any(rival.weight * DOUBT > best.weight for rival in rivals):
+    if not best.is_weak and not any(rival.weight * CLEAR_LEAD > best.weight for rival in rivals):
         return Decoding(best.page, whole)
     said = [f'as {row.page} it reads "{shorten(row.text, 80)}"' for row in (best, *rivals[:1])]
     said.append(f"if the first is right, run again with --encoding {best.page}")
@@ -2775,18 +2764,20 @@ def guess(data: bytes) -> Decoding:
 
 
 def mend_strays(text: str) -> str:
-    """Return UTF-8 with its stray bytes read as cp1252, blank when they are something else."""
-    others = re.sub(VALID, " ", text).translate(AS_CP1252)  # what is UTF-8 may be of any language
-    is_else = re.fullmatch(CUT_SHORT, text) or re.search(TOUCHING, text) or re.search(ODD, others)
-    return "" if is_else else text.translate(AS_CP1252)
+    """Return UTF-8 with its stray bytes read as cp1252, blank where that cannot be."""
+    others = re.sub(VALID, " ", text).translate(AS_CP1252)  # valid UTF-8 is never odd
+    if re.fullmatch(CUT_SHORT, text) or re.search(TOUCHING, text) or re.search(ODD, others):
+        return ""
+    return text.translate(AS_CP1252)
 
 
 def rank(data: bytes) -> list[Reading]:
     """Return how the beginning of a file may be read, the likeliest first."""
-    sample = data[:SAMPLE]
+    sample = data[:SAMPLE_BYTES]
     found: dict[str, Reading] = {}
     for row in sorted(detect(sample), key=lambda row: PAGES.index(row["encoding"])):
         if reading := weigh(sample, row):
+            # where pages give the same text, the commonest is named
             first = found.setdefault(reading.text, reading)
             found[reading.text] = max(first, first._replace(weight=reading.weight))
     return sorted(found.values(), reverse=True)
@@ -2797,7 +2788,7 @@ def detect(sample: bytes) -> list[dict[str, Any]]:
     import chardet
 
     if b"\0" not in sample:
-        sample = b" " + sample  # it begins with a word; "BMW" alone begins a bitmap
+        sample = b" " + sample  # chardet takes "BMW, café" for a bitmap
     rows = chardet.detect_all(
         sample, ignore_threshold=True, compat_names=False, include_encodings=PAGES
     )
@@ -2805,28 +2796,28 @@ def detect(sample: bytes) -> list[dict[str, Any]]:
 
 
 def weigh(sample: bytes, row: Mapping[str, Any]) -> Reading | None:
-    """Return one of chardet's rows with its weight, None when it is no text."""
+    """Return the sample as one of chardet's rows reads it, None if that gives no text."""
     page = row["encoding"]
     try:
-        text = codecs.getincrementaldecoder(page)().decode(sample)  # the last letter may be cut
+        text = codecs.getincrementaldecoder(page)().decode(sample)  # which may end within a letter
     except UnicodeError:
         return None
     if re.search(CONTROL, text):
         return None
     letters = re.sub("[\x00-\x7f]", "", text)
-    if letters.isupper():  # chardet hardly knows capitals
+    if letters.isupper():  # chardet knows few capitals
         small = detect(text.lower().encode(page, "ignore"))
         row = next((other for other in small if other["encoding"] == page), row)
     is_odd = len(re.findall(ODD, text)) * 20 > len(letters)
     is_short = 0 < len(re.findall(FOREIGN_LETTER, letters)) < FEW_LETTERS
     weight = row["confidence"] / (1 + is_odd) / (1 + is_short)
-    if page == "cp1252" and not re.search(NOT_HOME, text):
-        weight = (weight + A_BIT) * HOME
+    if page == "cp1252" and not re.search(NOT_CP1252, text):
+        weight = (weight + CP1252_BONUS) * CP1252_FACTOR
     return Reading(weight, page, row["language"] or page, text, is_odd or is_short)
 
 
 def mend_letters(text: str) -> str | None:
-    """Return the text without UTF-8 misread as cp1252, None where letters are lost."""
+    """Repair UTF-8 that was read as cp1252; return None where letters are lost."""
     if not re.search(DAMAGE, text):
         return text
     import ftfy
@@ -2843,7 +2834,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".toml")
 
 
 def walk_texts(roots: Iterable[Path], suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-    """Yield (root, path) of each text below the roots; folders that cannot be read too."""
+    """Yield (root, path) of each text below the roots, and of each unreadable folder."""
     seen = set[str]()
     for root in roots:
         trouble = list[OSError]()
@@ -2861,12 +2852,12 @@ def walk_texts(roots: Iterable[Path], suffixes: tuple[str, ...]) -> Iterator[tup
 def find_roots(settings: Settings, flag: str) -> list[Path]:
     """Return the folders that a command works on. Raises SettingsError."""
     places = (settings.caption_dir or settings.image_dir, settings.config_dir)
-    roots = [place for place in places if place]
+    roots = {place.resolve(): place for place in places if place}
     if not roots:
         raise SettingsError(f"{flag}: which folder? Type: gen-captions {flag} ./images")
-    for root in roots:
+    for root in roots.values():
         check_folder(flag, root)
-    return roots
+    return list(roots.values())
 
 
 def describe_change(data: bytes, text: str) -> str:
@@ -2878,25 +2869,26 @@ def describe_change(data: bytes, text: str) -> str:
 
 
 def look_at_text(path: str, settings: Settings) -> tuple[Outcome, bytes, str]:
-    """Return what should become of a text, its bytes, and the text as it should be."""
+    """Return what to do about a file, its bytes and its right text."""
     try:
         data, mode = read_file(path), os.stat(path).st_mode
     except OSError as error:
         return Outcome(path, "failed", "unreadable file", str(error.strerror)), b"", ""
     is_config = path.lower().endswith(CONFIG_SUFFIXES)
     found = decode_text(data, settings.encoding, letters=not is_config)
-    outcome = Outcome(path, "repaired", found.kind)
+    kind = "planned" if settings.dry_run else "repaired"
+    outcome = Outcome(path, kind, found.kind)
     if found.kind == "right":
         outcome = Outcome(path, "skipped", "already right")
     elif found.why:
         outcome = Outcome(path, "failed", found.kind, found.why)
-    elif not mode & 0o222:  # the superuser could, and should not
+    elif not mode & 0o222:  # it would be replaced
         outcome = Outcome(path, "failed", "read-only file", "make it writable, then run again")
     return outcome, data, found.text
 
 
 def repair_text(outcome: Outcome, data: bytes, text: str, journal: Journal) -> Outcome:
-    """Write a text as it should be, unless somebody changed it since."""
+    """Write the repaired text, unless somebody changed the file since."""
     path, digest = outcome.path, hashlib.sha256(data).hexdigest()
     try:
         if not journal.write(path, text.encode(), Entry("repaired"), replaces=digest):
@@ -2908,19 +2900,17 @@ def repair_text(outcome: Outcome, data: bytes, text: str, journal: Journal) -> O
 
 
 def run_repair(settings: Settings, roots: Sequence[Path], report: Report) -> None:
-    """Make every text below the roots UTF-8. Raises StopRun where originals cannot be kept."""
+    """Make every text UTF-8. Raises StopRun where originals cannot be kept."""
     suffixes = (*CAPTION_SUFFIXES, *CONFIG_SUFFIXES, f".{settings.caption_ext or 'txt'}".lower())
     journals: dict[Path, Journal] = {}
     with contextlib.ExitStack() as stack, show_progress(None, "text", report) as update:
         for root, path in walk_texts(roots, suffixes):
             update()
             outcome, data, text = look_at_text(path, settings)
+            if outcome.kind == "planned":
+                say(f"{path}: {outcome.reason}: {describe_change(data, text)}")
             if outcome.kind != "repaired":
                 report.record(outcome)
-                continue
-            if settings.dry_run:
-                say(f"{path}: {outcome.reason}: {describe_change(data, text)}")
-                report.record(outcome._replace(kind="planned"))
                 continue
             if root not in journals:
                 journals[root] = stack.enter_context(contextlib.closing(Journal(root)))
@@ -3371,7 +3361,7 @@ def build_page(title: str, samples: Sequence[Sample], folder: str) -> bytes:
 # -------------------------------------------------------------------------------------- Local model
 
 
-LOCAL_MODELS = {  # at Hugging Face, and the commit of which docs/local-models.md speaks
+LOCAL_MODELS = {  # the repository at Hugging Face, and the commit
     "small": ("Qwen/Qwen3-VL-2B-Instruct-GGUF", "52d6c8ffea26cc873ac5ad116f8631268d7eb503"),
     "medium": ("Qwen/Qwen3-VL-4B-Instruct-GGUF", "1cd86afb9a95c410a6038ab3b40d8b578c892266"),
     "large": ("Qwen/Qwen3-VL-8B-Instruct-GGUF", "f982a07559d4a2f6c8744d840bf6fccab30eea96"),
@@ -3381,7 +3371,7 @@ LOCAL_MODELS = {  # at Hugging Face, and the commit of which docs/local-models.m
     ),
 }
 LOCAL_SERVERS = {"Ollama": 11434, "LM Studio": 1234, "llama.cpp": 8080, "vLLM": 8000}
-IMAGE_TOKENS = 3328  # 13 tiles of 256, the most that InternVL makes; all models are held to it
+IMAGE_TOKENS = 3328  # the most for one image: InternVL makes up to 13 tiles of 256
 BE_ENGINE = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='engine')['serve_model']()"
 
 
@@ -3402,29 +3392,26 @@ def describe_local_servers() -> list[str]:
     """Return how to use each model server that runs on this machine."""
     import shlex
 
-    lines = []
-    for name, port in LOCAL_SERVERS.items():
-        if models := list_models(port):
-            first, *others = map(shlex.quote, models)
-            choice = f" (or {shorten(', '.join(others))})" if others else ""
-            lines.append(f"{name}: --base-url http://127.0.0.1:{port}/v1 --model {first}{choice}")
-    return lines
+    return [
+        f"{name}: --base-url http://127.0.0.1:{port}/v1 --model {shorten(' or '.join(models))}"
+        for name, port in LOCAL_SERVERS.items()
+        if (models := [shlex.quote(model) for model in list_models(port)])
+    ]
 
 
 def check_local(model: str) -> None:
-    """Raise SettingsError if a package or file that a local model needs is not there."""
+    """Raise SettingsError if packages or the model's file are missing."""
     from importlib.util import find_spec
 
-    is_file = model.endswith(".gguf")
-    if is_file and not os.path.isfile(model):
+    if model.endswith(".gguf") and not os.path.isfile(model):
         raise SettingsError(f"--local: {model}: no such file")
-    needed = ("xllamacpp",) if is_file else ("xllamacpp", "huggingface_hub")
-    if missing := " and ".join(name for name in needed if find_spec(name) is None):
-        raise SettingsError(f"--local: needs {missing}: pip install -r requirements-local.txt")
+    if not all(map(find_spec, ("xllamacpp", "huggingface_hub"))):
+        said = "install gen-captions with its extra: pip install '.[local]'"
+        raise SettingsError(f"--local: packages are missing; {said}")
 
 
 def choose_files(paths: Iterable[str], quant: str) -> tuple[str, str]:
-    """Return the model of a quantization and its projector. Raises ValueError."""
+    """Return the model whose name contains `quant`, and its projector. Raises ValueError."""
     from difflib import get_close_matches
 
     ggufs = {os.path.basename(path): path for path in sorted(paths) if path.endswith(".gguf")}
@@ -3442,13 +3429,13 @@ def find_at_hub(repo: str, quant: str, commit: str) -> tuple[str, str]:
     """Return the paths of a model and its projector in the hub's cache, downloaded once."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-    with contextlib.suppress(OSError, ValueError):  # no request is made for what is there
+    with contextlib.suppress(OSError, ValueError):  # a model in the cache needs no request
         folder = snapshot_download(repo, revision=commit, local_files_only=True)
         return choose_files(map(str, Path(folder).rglob("*")), quant)
     found = HfApi().model_info(repo, revision=commit, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
     files = choose_files(sizes, quant)
-    gigabytes = sum(map(sizes.__getitem__, files)) / 1e9
+    gigabytes = sum(sizes[file] for file in files) / 1e9
     log.info("downloading %.2f GB from %s: %s, %s", gigabytes, constants.ENDPOINT, *files)
     model, projector = (hf_hub_download(repo, file, revision=commit) for file in files)
     return model, projector
@@ -3456,84 +3443,64 @@ def find_at_hub(repo: str, quant: str, commit: str) -> tuple[str, str]:
 
 def find_model(model: str) -> tuple[str, str]:
     """Return the paths of a local model and its projector. Raises StopRun."""
+    is_file, hub = model.endswith(".gguf"), os.environ.get("HF_ENDPOINT", "huggingface.co")
+    task = f"read {model}" if is_file else f"download the model {model} from {hub}"
     try:
-        if model.endswith(".gguf"):
+        if is_file:
             beside = map(str, Path(model).parent.iterdir())
             return choose_files(beside, os.path.basename(model))
         name, commit = LOCAL_MODELS.get(model, (model, "main"))
         repo, _, quant = name.partition(":")
-        return find_at_hub(repo, quant or "Q4_K_M", commit)  # the usual one, also for llama.cpp
-    except Exception as error:  # the hub's own kinds, those of its connection, and the disk's
+        return find_at_hub(repo, quant or "Q4_K_M", commit)  # llama.cpp's default too
+    except Exception as error:  # the hub, the network and the disk raise many types
         why = shorten(str(error) or type(error).__name__)
-        raise StopRun(f"--local: cannot get {model}: {why}") from error
+        raise StopRun(f"--local: cannot {task}: {why}") from error
 
 
 def serve_model() -> None:
-    """Be the engine: a process that ends with the one that started it."""
+    """Serve the model, in a process that ends with the one that started it."""
 
     def end_with_parent() -> None:
-        os.read(0, 1)  # standard input ends when nobody holds its other end
+        os.read(0, 1)  # returns when the parent ends, which holds the other end
         os._exit(0)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    if sys.platform == "linux":  # while a model is loaded, no thread runs
+    if sys.platform == "linux":  # while llama.cpp loads a model, no Python thread runs
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     import xllamacpp
 
-    options = json.loads(os.environ["GEN_CAPTIONS_ENGINE"])
     params = xllamacpp.CommonParams()
-    params.model.path, params.mmproj.path = options["files"]
-    params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [options["key"]]
-    params.n_parallel, params.n_ctx = options["slots"], options["context"]
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
+    params.hostnames, params.port = ["127.0.0.1"], 0
+    files, key, slots, tokens = json.loads(os.environ["GEN_CAPTIONS_ENGINE"])
+    params.model.path, params.mmproj.path = files
+    params.api_keys = [key]
+    params.n_parallel, params.n_ctx = slots, slots * tokens
+    # waiting threads are busy, so one processor stays free
+    threads = max(1, count_processors() - 1)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.image_max_tokens = IMAGE_TOKENS
     params.enable_reasoning = 0
-    params.cache_ram_mib = 0  # of prompts; each image is asked about once
+    params.cache_ram_mib = 0  # no cache of prompts: each image is asked about once
     params.verbosity = 1  # errors
-    # Qwen's own values; its models loop without: https://github.com/QwenLM/Qwen3-VL/issues/1611
+    # Qwen's values; its models loop without them: https://github.com/QwenLM/Qwen3-VL/issues/1611
     sampling = params.sampling
     sampling.temp, sampling.top_p, sampling.top_k = 0.7, 0.8, 20
     sampling.penalty_present = 1.5
     try:
         server = xllamacpp.Server(params)
     except RuntimeError:
-        time.sleep(1)  # a thread of llama.cpp's writes why
+        time.sleep(1)  # a thread of llama.cpp still writes the reason
         sys.exit(1)
     print(server.listening_address, flush=True)
     threading.Event().wait()
 
 
-def start_engine(settings: Settings, prompt: str, key: str) -> subprocess.Popen[str]:
-    """Start the engine that --local asks for. Raises StopRun."""
-    files = find_model(str(settings.local))
-    log.info("loading %s with %s", *files)
-    prompt_tokens = 1024 + len(prompt.encode()) // 2  # the model's own words around it, at most
-    tokens = IMAGE_TOKENS + prompt_tokens + settings.max_tokens
-    options = {
-        "files": files,
-        "key": key,
-        "slots": settings.thread_pool,
-        "context": settings.thread_pool * tokens,
-        # threads wait for each other busily; beside others, one for each processor is very slow
-        "threads": max(1, count_processors() - 1),
-    }
-    return subprocess.Popen(  # noqa: S603
-        [sys.executable, "-P", "-c", BE_ENGINE, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "GEN_CAPTIONS_ENGINE": json.dumps(options)},
-        start_new_session=True,  # the first Ctrl-C ends neither it nor the answers on their way
-    )
-
-
 def describe_end(process: subprocess.Popen[str]) -> str:
-    """Return how the engine ended; why, it said itself."""
-    if (code := process.wait()) == -9:
-        return "--local: the engine was killed; where memory is short, take a smaller model"
-    return f"--local: the engine ended with code {code}; what it said is above"
+    """Wait for the engine's end; return what to say about it."""
+    said = "see above; if nothing is said there, take a smaller model"
+    return f"--local: the engine ended with code {process.wait()}; {said}"
 
 
 @contextlib.contextmanager
@@ -3541,8 +3508,19 @@ def open_engine(
     settings: Settings, prompt: str
 ) -> Iterator[tuple[Settings, subprocess.Popen[str]]]:
     """Yield the settings that lead to the engine, and its process. Raises StopRun."""
-    key = os.urandom(16).hex()
-    with start_engine(settings, prompt, key) as process:  # closes its pipes at the end
+    files, key = find_model(str(settings.local)), os.urandom(16).hex()
+    log.info("loading %s with %s", *files)
+    prompt_tokens = 1024 + len(prompt.encode()) // 2  # at most, with the model's own words
+    tokens = IMAGE_TOKENS + prompt_tokens + settings.max_tokens
+    options = json.dumps([files, key, settings.thread_pool, tokens])
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, "-P", "-c", BE_ENGINE, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "GEN_CAPTIONS_ENGINE": options},
+        start_new_session=True,  # the first Ctrl-C does not end it
+    ) as process:
         address = process.stdout.readline().strip() if process.stdout else ""
         if not address:
             raise StopRun(describe_end(process))
@@ -3551,7 +3529,7 @@ def open_engine(
 
 async def end_with(process: subprocess.Popen[str], stop: Stop) -> None:
     """End the run when the engine ends."""
-    with contextlib.suppress(StopRun):  # from the nap, when the run ends first
+    with contextlib.suppress(StopRun):  # sleep raises it when the run ends first
         while process.poll() is None:
             await stop.sleep(0.1)
         stop.set(StopRun(describe_end(process)))

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -180,7 +181,10 @@ def test_an_engine_that_dies_ends_the_run_and_the_same_command_goes_on(
     os.kill(engine_of(process), signal.SIGKILL)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 3, said
-    assert "the engine was killed; where memory is short, take a smaller model" in said
+    assert (
+        "the engine ended with code -9; see above; if nothing is said there, take a smaller model"
+        in said
+    )
     before = captions(local.folder / "images")
     assert f"{len(before)} captioned, {30 - len(before)} not done yet in " in said
     local("--local", tiny, "images")
@@ -193,7 +197,7 @@ def test_an_engine_that_dies_ends_the_run_and_the_same_command_goes_on(
     [
         ("cut the model", 3, "model is corrupted or incomplete"),
         ("cut the projector", 3, "mmproj-tiny.gguf': load_tensors: failed"),
-        ("no projector", 3, "no tiny.gguf model with its mmproj file"),
+        ("no projector", 3, "tiny.gguf: no tiny.gguf model with its mmproj file"),
         ("no model", 2, "tiny.gguf: no such file"),
     ],
 )
@@ -285,14 +289,16 @@ def test_where_no_model_can_be_had_the_run_ends_with_the_reason(
     hub.refusal = refusal
     environment = {"HF_ENDPOINT": hub.url, **variables}
     said = local("--local", "some/captioner", "images", code=3, **environment).stderr
-    assert "--local: cannot get some/captioner: " in said and words in said
+    place = environment["HF_ENDPOINT"]
+    assert f"--local: cannot download the model some/captioner from {place}: " in said
+    assert words in said
     assert os.listdir(local.folder / "images") == ["a.jpg"]
 
 
 def test_the_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    words = "needs xllamacpp and huggingface_hub: pip install -r requirements-local.txt"
-    with pytest.raises(gc.SettingsError, match=words):
+    words = "packages are missing; install gen-captions with its extra: pip install '.[local]'"
+    with pytest.raises(gc.SettingsError, match=re.escape(words)):
         gc.check_local("small")
 
 

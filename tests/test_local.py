@@ -38,7 +38,7 @@ def test_servers_that_run_here_are_named_ready_to_type(monkeypatch: pytest.Monke
     with listen(MODELS) as port:
         monkeypatch.setattr(gc, "LOCAL_SERVERS", {"Ollama": port, "vLLM": 9})
         (line,) = gc.describe_local_servers()
-    use = f"--base-url http://127.0.0.1:{port}/v1 --model eyes:2b (or 'my words.gguf')"
+    use = f"--base-url http://127.0.0.1:{port}/v1 --model eyes:2b or 'my words.gguf'"
     assert line == f"Ollama: {use}"
 
 

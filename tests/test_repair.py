@@ -103,6 +103,14 @@ def test_undo_restores_bytes_times_and_permissions_in_both_folders(tool: Tool) -
         assert {path: after[path] for path in seen} == seen
 
 
+def test_one_folder_for_both_is_repaired_and_restored_once(tool: Tool) -> None:
+    write(tool.folder / "c", {"a.txt": BROKEN})
+    assert "1 repaired (cp1252) in " in fix(tool, "--config-dir", tool.folder / "c")
+    out = tool("--undo", "--caption-dir", "c", "--config-dir", "c").stdout
+    assert out.count("1 restored. ") == 1
+    assert read(tool.folder / "c") == {"a.txt": BROKEN}
+
+
 @POSIX
 @pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGINT], [signal.SIGINT] * 2])
 def test_an_end_in_mid_run_leaves_whole_files_true_counts_and_one_undo(
