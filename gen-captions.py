@@ -2701,6 +2701,8 @@ def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = Tru
     `encoding` is for bytes that are not UTF-8 and have no BOM.
     With `letters`, damaged letters are repaired.
     """
+    if data.isascii() and b"\0" not in data:  # most captions, in a tenth of the time
+        return Decoding("right", data.decode())
     found = read_bytes(data, encoding)
     if found.why:
         return found
