@@ -2664,11 +2664,11 @@ CUT_SHORT = "[^\udc80-\udcff]*[\udcc2-\udcf4][\udc80-\udcbf]{0,2}"  # ends withi
 # ftfy sees only such texts: it also "repairs" CAFÉ³, “Â” and 10 Å².
 MORE = f"[\x80-\xbf{bytes(range(0x80, 0xA0)).decode('cp1252', 'ignore')}]"
 DAMAGE = (
-    "[\x80-\x9f]"
+    "(?=[\x80-\x9fÂ-Þà-ô])(?:[\x80-\x9f]"  # to look at one letter first is five times as fast
     f"|(?<![A-ZÀ-Þ])[ÂÃ](?![“”‘’]){MORE}"
     f"|(?<=[a-zà-ÿ])[Ä-Þ]{MORE}"
     f"|(?:[Ä-Þ]{MORE}){{2}}"
-    f"|[à-ô]{MORE}{{2}}"
+    f"|[à-ô]{MORE}{{2}})"
 )
 LOOK_AT_IT = "look at it in an editor"
 
