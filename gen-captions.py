@@ -2551,11 +2551,11 @@ class Asker:
 
 # ------------------------------------------------------------------------------------------- Report
 
-NOTED = {  # on captions, as the summary counts them
+NOTED = {  # what the summary says behind the number of captions that have a note
     "excluded words": "with excluded words",
     "cut": "cut at --max-words",
     "too long": "longer than --max-words",
-    "same answer": "identical answers",
+    "same answer": "with an identical answer",
 }
 
 
@@ -2569,7 +2569,7 @@ class Report:
         self.left = 0  # images that are still to be done
         self.outdated = 0  # captions made with another prompt
         self.ended_by: StopRun | signal.Signals | None = None
-        self.update: Callable[[], None] = lambda: None  # of the progress shown
+        self.update: Callable[[], None] = lambda: None  # moves the progress bar by one image
         self._failures: list[Outcome] = []
         self._answers = set[int]()
         self._started = time.monotonic()
@@ -2580,7 +2580,7 @@ class Report:
         self.counts[outcome.kind][outcome.reason] += 1
         notes = outcome.notes
         if outcome.kind == "captioned":
-            if not self._answers and sys.stderr.isatty():  # a bad prompt shows at once
+            if not self._answers and sys.stderr.isatty():  # so that a bad prompt is seen at once
                 log.info("%s: %s", outcome.path, outcome.detail)
             answer = hash(outcome.detail)
             if answer in self._answers:
@@ -2588,7 +2588,7 @@ class Report:
             self._answers.add(answer)
         for note in notes:
             self.notes[note] += 1
-            if self.notes[note] == 1:  # the others are counted
+            if self.notes[note] == 1:  # the summary counts the others
                 log.warning("%s: %s", outcome.path, NOTED[note])
         if outcome.kind == "failed":
             self._failures.append(outcome)
@@ -2605,7 +2605,7 @@ class Report:
         return int(bool(self.counts["failed"]))
 
     def tally(self) -> str:
-        """Return the counts in a few words."""
+        """Return the counts and their reasons."""
         parts = []
         for kind in ("captioned", "repaired", "planned", "exported", "failed", "skipped"):
             reasons = self.counts[kind]
@@ -2619,8 +2619,8 @@ class Report:
         return ", ".join(parts)
 
     def summary(self) -> str:
-        """Return what a person wants to know at the end."""
-        far = self._failures[:-20]  # those have scrolled away
+        """Return the last lines of a run."""
+        far = self._failures[:-20]  # the others can still be seen above
         lines = [f"{outcome.path}: {outcome.reason}" for outcome in far[:30]]
         if len(far) > 30:
             lines.append(f"and {len(far) - 30:,} more; --report FILE lists all")
@@ -2638,10 +2638,10 @@ class Report:
 
     def _last_line(self) -> str:
         bill = f" {self.bill}." if self.bill and str(self.bill) else ""
-        skipped = self.counts["skipped"]
-        others = sum(map(Counter.total, self.counts.values())) - skipped.total()
-        if skipped and not (others or self.left or bill):
-            if [*skipped] == ["has a caption"]:
+        kinds = [kind for kind, reasons in self.counts.items() if reasons]
+        if kinds == ["skipped"] and not (self.left or bill):
+            skipped = self.counts["skipped"]
+            if [*skipped] == ["has a caption"] and skipped.total() > 1:
                 return f"Nothing to do: all {skipped.total():,} images have captions."
             return f"Nothing to do: {self.tally()}."
         seconds = time.monotonic() - self._started
@@ -2678,48 +2678,43 @@ def describe_outcome(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome as a line of the report file."""
     what = "file" if outcome.kind == "repaired" else "image"
     line: dict[str, Any] = {"outcome": outcome.kind, what: outcome.path}
-    if outcome.kind == "captioned":
-        return line | {"file": outcome.caption, "caption": outcome.detail, "notes": outcome.notes}
     if outcome.caption:
         line["file"] = outcome.caption
+    if outcome.kind == "captioned":
+        return line | {"caption": outcome.detail, "notes": outcome.notes}
     return line | {"reason": outcome.reason, "detail": outcome.detail}
 
 
 def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str] | None]:
     """Return the stream that --report names, if any. Raises SettingsError."""
-    if target in {None, "-"}:
+    if not target or target == "-":
         return contextlib.nullcontext(sys.stdout if target else None)
-    path = str(target)
     try:
-        if (
-            os.path.isfile(path)
-            and has_caption(path)
-            and not read_file(path).startswith(b'{"outcome": ')
-        ):
+        begins = read_file(target)[:12] if os.path.isfile(target) else b""
+        if begins not in {b"", b'{"outcome": '}:
             said = "is there already, and is no report of this tool; name another file"
-            raise SettingsError(f"--report: {path}: {said}")
-        return open(path, "w", encoding="utf-8", newline="\n")
+            raise SettingsError(f"--report: {target}: {said}")
+        return open(target, "w", encoding="utf-8", newline="\n")
     except OSError as error:
-        raise SettingsError(f"--report: {path}: cannot be written: {error.strerror}") from None
+        raise SettingsError(f"--report: {target}: cannot be written: {error.strerror}") from None
 
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left{postfix}"
-QUIET_S = 30.0  # between two lines of progress where there is no terminal
+QUIET_S = 30.0  # between two lines of progress where no terminal shows the bar
 
 
 @contextlib.contextmanager
 def show_progress(total: int | None, unit: str, report: Report) -> Iterator[Callable[[], None]]:
-    """Show how far a run is, on a terminal as a bar; yields what counts one more."""
+    """Show how far a run is, on a terminal as a bar; yield the function that counts one more."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    quiet = not log.isEnabledFor(logging.INFO)
     bar = tqdm(
         total=total,
         unit=f" {unit}s",
         bar_format=BAR if total else None,
         file=sys.stderr,
-        disable=quiet or None,
+        disable=None if log.isEnabledFor(logging.INFO) else True,  # None: where is no terminal
         dynamic_ncols=True,
         leave=False,
     )
@@ -2733,19 +2728,13 @@ def show_progress(total: int | None, unit: str, report: Report) -> Iterator[Call
             failed = report.counts["failed"].total()
             bar.set_postfix_str(f"{failed:,} failed" if failed else "", refresh=False)
             bar.update()
-        elif now - said_at >= QUIET_S and not quiet:
+        elif now - said_at >= QUIET_S:
             said_at = now
             rate = done / (now - started)
-            log.info("%s of %s %ss, %.1f a second", f"{done:,}", total or "?", unit, rate)
+            log.info("%d of %s %ss, %.1f a second", done, total or "?", unit, rate)
 
     with bar, logging_redirect_tqdm([log]) if not bar.disable else contextlib.nullcontext():
         yield update
-
-
-def interrupt(number: int, _frame: FrameType | None = None) -> None:
-    """Let a signal end what runs as Ctrl-C does; then no other disturbs the end."""
-    handle_signals(lambda _number, _frame: None)
-    raise KeyboardInterrupt(number)
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
@@ -2754,9 +2743,21 @@ def handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Han
         signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """Ignore Ctrl-C and SIGTERM, so that nothing disturbs the end."""
+    handle_signals(lambda _number, _frame: None)  # Python complains if SIG_IGN meets one on its way
+    handle_signals(signal.SIG_IGN)
+
+
+def interrupt(number: int, _frame: FrameType | None = None) -> None:
+    """Raise KeyboardInterrupt with the signal's number; ignore all signals after it."""
+    ignore_signals()
+    raise KeyboardInterrupt(number)
+
+
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Let signals wait, so that what is written is counted too."""
+    """Make signals wait until a file is written and counted."""
     came: list[int] = []
     handle_signals(lambda number, _: came.append(number))
     try:
@@ -2765,12 +2766,6 @@ def hold_signals() -> Iterator[None]:
         handle_signals(interrupt)
     if came:
         interrupt(came[0])
-
-
-def ignore_signals() -> None:
-    """Let nothing disturb the end; a signal on its way meets a function first."""
-    handle_signals(lambda _number, _frame: None)
-    handle_signals(signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------- Encoding

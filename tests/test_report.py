@@ -75,6 +75,7 @@ UPDATE = "made with another prompt or trigger; --overwrite updates"
     ("outcomes", "fields", "lines"),
     [
         ([SKIPPED] * 26, {}, ["Nothing to do: all 26 images have captions."]),
+        ([SKIPPED], {}, ["Nothing to do: 1 skipped (has a caption)."]),
         ([SKIPPED, MASK], {}, ["Nothing to do: 2 skipped (1 has a caption, 1 mask)."]),
         (
             [WRITTEN, FAILED, REFUSED, REFUSED],
@@ -95,7 +96,7 @@ UPDATE = "made with another prompt or trigger; --overwrite updates"
             [WRITTEN, WRITTEN, WRITTEN],
             {"outdated": 1200},
             [
-                "Worth a look: 2 identical answers.",
+                "Worth a look: 2 with an identical answer.",
                 f"1,200 captions were {UPDATE} them.",
                 "3 captioned in 0.0 s.",
             ],

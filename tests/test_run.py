@@ -108,7 +108,7 @@ def test_a_folder_is_captioned_end_to_end(
     }
     assert done.stdout == ""
     *_, worth, last = done.stderr.splitlines()
-    assert worth == "Worth a look: 2 identical answers."
+    assert worth == "Worth a look: 2 with an identical answer."
     assert re.fullmatch(r"3 captioned in \d+\.\d s\. 3,660 tokens, \$0\.0004\.", last)
 
 
