@@ -3078,7 +3078,7 @@ UNREADABLE = ("unreadable file", "unreadable caption", "unreadable folder")
 UNSEEN = ("captions elsewhere", "extension not read")
 FROM_A_MODEL = ("refused", "error text", "reasoning only", "looping", "empty")
 RENEW = "delete it and run again, or write it by hand"
-FINDINGS = {  # gravest first: what each does, and what to do about it
+FINDINGS = {  # gravest first: how grave each is, what it does, what to do about it
     **dict.fromkeys(UNREADABLE, (STOPS, "check its permissions")),
     "not an image": (STOPS, "save it anew, or take it out"),
     "damaged image": (STOPS, "its end cannot be decoded; save it anew, or take it out"),
@@ -3096,27 +3096,21 @@ FINDINGS = {  # gravest first: what each does, and what to do about it
     "excluded words": (WRONG, "the trait is bound to these words; take them out"),
     "trigger missing": (WRONG, "only ai-toolkit adds it; put it in front"),
     "too long": (MINOR, "its end may not be read; shorten it, or take --max-words"),
-    "very short": (MINOR, "others say more; see whether it is whole"),
+    "very short": (MINOR, "the others say more; see whether it is whole"),
     "identical captions": (MINOR, "see whether the images are alike too"),
     "identical images": (MINOR, "it is trained twice; take one out"),
     "shown otherwise": (MINOR, "viewers show more than is trained; save it as 8-bit sRGB"),
-    "wrong suffix": (MINOR, "some programs go by the name; rename it"),
-    "caption without an image": (MINOR, "it is never read; delete it, or bring the image back"),
 }
-OTHER_FINDING = (MINOR, "see whether that is meant so")
+OTHER_FINDING = (MINOR, "see whether you meant that")
 TRAINED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # ai-toolkit, toolkit/data_loader.py
-OTHER_TEXTS = {"prompt", "exclude", "readme", "license", "licence"}  # that are no captions
 GENERATOR_SYNTAX = (
     r"\bNegative prompt:|\bSteps: \d+, Sampler:"  # AUTOMATIC1111 saves them beside images
     r"|<(?:lora|lyco|hypernet):[^<>]+>"
-    r"|\{[^{}]*\|[^{}]*\}"  # a choice
+    r"|\{[^{}]*\|[^{}]*\}"  # {red|blue}: it chooses one
 )
 ESCAPES = r"(?:\\u[0-9a-fA-F]{4})+"
-DANGLING = (  # nothing ends with these
-    r"\b(?:a|the|of|with|and|or|from|her|his|its|their|while|which|that|whose|between|into)$"
-)
-HALF = r"(?:[.!?]\s|[。！？]).*[^\W\d_],?$"  # of its sentences the last alone has no end
-WORD = r"[\u3040-\u9fff]|[^\s\u3040-\u9fff]+"  # Chinese and Japanese have no blanks
+HALF = r"(?:[.!?]\s|[。！？]).*[^\W\d_],?$"  # only the last of several sentences has no end
+WORD = r"[\u3040-\u9fff]|[^\s\u3040-\u9fff]+"  # Chinese and Japanese put no blanks between words
 PAIR = r"(?=\b([\w'’-]+ [\w'’-]+))"  # two words without a comma between them
 READS = {  # tokens of a caption, by a model's name in a job file
     r"(?i)sdxl|sd_?xl|sd_?1|v1-5|pony|illustrious|noob": 75,  # CLIP's 77 with its two marks
@@ -3124,25 +3118,25 @@ READS = {  # tokens of a caption, by a model's name in a job file
 }
 GREENEST = 0.64  # of sRGB (0.60) and its like; Display P3 has 0.67, Adobe RGB 0.70
 MANY = 0.2  # of the captions
-SMALL_WORDS = (  # words that say nothing of what a set has in common
+SMALL_WORDS = (  # they do not tell what the captions have in common
     r"\b(?:an?|the|and|or|of|in|on|at|to|with|from|by|for|as|is|are|has|its?|his|her|he|she)\b"
 )
-Faults = Iterator[tuple[str, str]]  # kinds of findings, and details
+Faults = Iterator[tuple[str, str]]  # the kind and the detail of each finding
 
 
 @dataclass(slots=True)
 class Sample:
-    """An image and its caption, as a trainer reads them; blank is what there is not."""
+    """An image and its caption, as a trainer reads them. What is missing is blank."""
 
     image: str = ""
     caption: str = ""
     digest: str = ""  # of the image, once it was read
-    text: str = ""  # as it stands on the disk
+    text: str = ""  # the caption as it stands on the disk
     clean: str = ""  # as it should read, without its trigger; blank where it is no caption
-    repair: str = ""  # the whole text as it should read, where it reads otherwise
+    repair: str = ""  # as it should read, trigger included; blank where it reads so already
     findings: list[Finding] = field(default_factory=list)
 
-    def find(self, kind: str, path: str, detail: str = "") -> None:
+    def add(self, kind: str, path: str, detail: str = "") -> None:
         """Add a finding."""
         self.findings.append(Finding(kind, path, detail))
 
@@ -3153,7 +3147,7 @@ def count_words(text: str) -> int:
 
 
 def judge_text(sample: Sample, data: bytes, recipe: Recipe) -> Faults:
-    """Yield what is wrong with a caption file. Raises FailImage where that is no caption."""
+    """Yield what is wrong with a caption file. Raises FailImage where it holds no caption."""
     sample.text = data.decode("utf-8", "replace").strip()
     if not data.strip(BLANKS):
         yield "no caption", "the file is blank"
@@ -3163,14 +3157,11 @@ def judge_text(sample: Sample, data: bytes, recipe: Recipe) -> Faults:
         is_utf8 = decode(data, "utf-8") is not None
         yield "damaged letters" if is_utf8 else "not UTF-8", found.why or found.kind
     if found.text:
-        yield from judge_words(sample, found.text.strip(), recipe)
+        yield from judge_caption(sample, found.text.strip(), recipe)
 
 
-def judge_words(sample: Sample, text: str, recipe: Recipe) -> Faults:
-    """Yield what is wrong with a caption's words, by the gate that answers pass.
-
-    Raises FailImage. The trigger counts as it does for ai-toolkit: toolkit/prompt_utils.py.
-    """
+def judge_caption(sample: Sample, text: str, recipe: Recipe) -> Faults:
+    """Yield what is wrong with a caption, by the gate that answers pass. Raises FailImage."""
     lines = text.replace("\n", ", ") if recipe.style == "tags" else text
     whole = judge_reply(Reply(content=lines))  # as prose: tags may have underscores
     opening = find_opening(whole, recipe)
@@ -3182,7 +3173,7 @@ def judge_words(sample: Sample, text: str, recipe: Recipe) -> Faults:
         yield "generator syntax", shorten(syntax[0], 80)
         return
     start = whole.removesuffix(bare)
-    plain = re.sub(r"[^\S\n]+", " ", text.replace("\u200b", ""))  # Thai has that in words
+    plain = re.sub(r"[^\S\n]+", " ", text.replace("\u200b", ""))  # Thai words hold U+200B
     if start + clean != plain:
         yield "untidy", f"would read: {shorten(start + clean, 80)}"
     sample.clean = re.sub(ESCAPES, lambda found: str(json.loads(f'"{found[0]}"')), clean)
@@ -3190,11 +3181,16 @@ def judge_words(sample: Sample, text: str, recipe: Recipe) -> Faults:
         sample.repair = start + sample.clean
     if lost := re.findall(f"\ufffd|{ESCAPES}", text):
         yield "damaged letters", shorten(" ".join(lost), 40)
+    yield from judge_words(text, recipe)
+
+
+def judge_words(text: str, recipe: Recipe) -> Faults:
+    """Yield the words that a caption lacks, has against the recipe, or has too many of."""
     word = recipe.trigger_word or recipe.trigger
+    # as ai-toolkit finds it: toolkit/prompt_utils.py; letter case counts
     spelt = rf"\[(?:trigger|name)\]|(?<![a-zA-Z0-9]){re.escape(word)}(?![a-zA-Z0-9])"
     if word and not re.search(spelt, text):
-        other = re.search(f"(?i){spelt}", text)  # trainers do not know that
-        yield "trigger missing", f"{word}, not {other[0]}" if other else word
+        yield "trigger missing", f"{word}, in exactly this spelling"
     if excluded := find_excluded(text, recipe.exclude):
         yield "excluded words", ", ".join(excluded)
     tokens = round(TOKENS_A_WORD * count_words(text))
@@ -3205,7 +3201,7 @@ def judge_words(sample: Sample, text: str, recipe: Recipe) -> Faults:
 
 def judge_image(sample: Sample, data: bytes, _: Recipe) -> Faults:
     """Yield what is wrong with an image. Raises FailImage where it cannot be decoded."""
-    from PIL import Image, ImageCms
+    from PIL import ImageCms
 
     sample.digest = hashlib.sha256(data).hexdigest()
     suffix = os.path.splitext(sample.image)[1].lower()
@@ -3216,62 +3212,52 @@ def judge_image(sample: Sample, data: bytes, _: Recipe) -> Faults:
         image = open_image(BytesIO(data))
         image.draft("RGB", (1, 1))  # a JPEG is decoded small, and to its end all the same
         image.load()
-    holds = (image.format or "").replace("MPO", "JPEG")
-    if Image.registered_extensions()[suffix] != holds:
-        yield "wrong suffix", f"it holds a {holds}"
     # trainers take convert("RGB") of it
     if image.mode.startswith("I"):
         yield "shown otherwise", "16 bits: what is not black is trained white"
     if image.has_transparency_data and image.convert("RGBA").getextrema()[-1] != (255, 255):
         yield "shown otherwise", "transparent in parts: the colours hidden there are trained"
-    with contextlib.suppress(OSError, TypeError):  # no profile, or none of three colours
+    with contextlib.suppress(OSError, TypeError):  # no profile, or not one of three colours
         profile = ImageCms.ImageCmsProfile(BytesIO(image.info.get("icc_profile", b""))).profile
         if profile.green_primary and profile.green_primary[1][1] > GREENEST:
             yield "shown otherwise", "colours beyond sRGB: they are trained paler"
 
 
 def look_at(sample: Sample, recipe: Recipe) -> None:
-    """Add what is wrong with a caption and an image, each alone."""
+    """Add what is wrong with a caption or an image by itself."""
     for path, judge in ((sample.caption, judge_text), (sample.image, judge_image)):
         try:
             for kind, detail in judge(sample, read_file(path), recipe) if path else ():
-                sample.find(kind, path, detail)
+                sample.add(kind, path, detail)
         except OSError as error:
-            sample.find("unreadable file", path, str(error.strerror))
-        except FailImage as error:  # the advice behind its detail is for a run
-            sample.find(error.reason, path, error.detail.rpartition("; ")[0] or error.detail)
+            sample.add("unreadable file", path, str(error.strerror))
+        except FailImage as error:  # the advice at the end of its detail is for a run
+            sample.add(error.reason, path, error.detail.rpartition("; ")[0] or error.detail)
 
 
 def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe) -> Iterator[Sample]:
-    """Yield each image with its caption, then the captions without an image."""
-    root, dot_ext = str(settings.caption_dir or image_dir), f".{recipe.caption_ext}"
-    stems = set[str]()
+    """Yield each image with its caption."""
+    root, dot_ext = settings.caption_dir or image_dir, f".{recipe.caption_ext}"
     for item in walk_images(image_dir, settings.caption_dir, recipe.caption_ext):
         path, reason = item[0], item.reason if isinstance(item, Outcome) else ""
-        stem = os.path.splitext(os.path.join(root, name_below(image_dir, path)))[0]
-        stems.add(stem.casefold())
         if reason in {"video", "mask"}:
             continue
         sample = Sample(path if os.path.isfile(path) else "")
         if isinstance(item, Outcome) and item.kind == "failed":
-            sample.find(reason, path, item.detail)
+            sample.add(reason, path, item.detail)
         if reason in {"", "shared caption file"}:
+            stem = os.path.splitext(os.path.join(root, name_below(image_dir, path)))[0]
             beside = [stem + ext for ext in (dot_ext, *CAPTION_SUFFIXES)]
             sample.caption = next(filter(os.path.exists, beside), "")
             if not sample.caption:
-                sample.find("no caption", path)
+                sample.add("no caption", path)
             elif sample.caption != beside[0]:
-                sample.find("another extension", sample.caption, f"{dot_ext} is read")
+                sample.add("another extension", sample.caption, f"{dot_ext} is read")
         yield sample
-    for _, path in walk_texts([Path(root)], (dot_ext.lower(),)):
-        stem = os.path.splitext(path)[0].casefold()
-        is_caption = path.endswith(dot_ext) and os.path.basename(stem) not in OTHER_TEXTS
-        if is_caption and stem not in stems:
-            yield Sample(caption=path, findings=[Finding("caption without an image", path)])
 
 
 def judge_set(samples: Sequence[Sample]) -> None:
-    """Add what shows only beside the rest of a set."""
+    """Add what is wrong with a sample when it is compared with the others."""
     first: dict[tuple[str, str], str] = {}
     for sample in samples:
         for kind, content, path in (
@@ -3279,22 +3265,23 @@ def judge_set(samples: Sequence[Sample]) -> None:
             ("identical captions", sample.clean.casefold(), sample.caption),
         ):
             if content and first.setdefault((kind, content), path) != path:
-                sample.find(kind, path, f"the same as {first[kind, content]}")
+                sample.add(kind, path, f"the same as {first[kind, content]}")
     captioned = [sample for sample in samples if sample.clean]
     lengths = sorted(count_words(sample.clean) for sample in captioned)
     middle = lengths[len(lengths) // 2] if lengths else 0
-    half = sum(bool(re.search(HALF, sample.clean)) for sample in captioned)
-    # where most captions have a last stop, one without it was cut off
-    cut = f"{DANGLING}|{HALF}" if half <= MANY * len(captioned) else DANGLING
     for sample in captioned:
         if count_words(sample.clean) * 5 < middle:
-            sample.find("very short", sample.caption, f"the middle one has {middle} words")
-        if re.search(cut, sample.clean):
-            sample.find("cut off", sample.caption, f"…{sample.clean[-40:]}")
+            sample.add(
+                "very short", sample.caption, f"half of the captions have {middle} words or more"
+            )
+    halves = [sample for sample in captioned if re.search(HALF, sample.clean)]
+    # where most captions end with a stop, one without it was cut off
+    for sample in halves if len(halves) <= MANY * len(captioned) else ():
+        sample.add("cut off", sample.caption, f"…{sample.clean[-40:]}")
 
 
 def review_set(settings: Settings, image_dir: Path, recipe: Recipe) -> list[Sample]:
-    """Return what a set holds, and what is wrong with it."""
+    """Return the samples of a set with what is wrong with them."""
     from concurrent.futures import ThreadPoolExecutor
 
     load_pillow()
@@ -3331,24 +3318,22 @@ def describe_verdict(findings: Sequence[Finding]) -> str:
     """Return the findings in one sentence."""
     if not findings:
         return "Nothing wrong found."
-    counts = Counter[int]()
-    for _, number, gravity, _ in list_kinds(findings):
-        counts[gravity] += number
-    said = [f"{number:,} {GRAVITIES[gravity][number > 1]}" for gravity, number in counts.items()]
+    counts = Counter(FINDINGS.get(finding.kind, OTHER_FINDING)[0] for finding in findings)
+    said = [
+        f"{number:,} {GRAVITIES[gravity][number > 1]}" for gravity, number in sorted(counts.items())
+    ]
     return f"{len(findings):,} finding{'s' * (len(findings) > 1)}: {', '.join(said)}."
 
 
 def describe_findings(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield the findings as lines, by gravity and kind."""
-    before = -1
-    for kind, number, gravity, advice in list_kinds(findings):
-        if gravity > before:
-            yield f"{GRAVITIES[gravity][0].capitalize()}:"
-        before = gravity
-        yield f"  {kind} ({number:,}): {advice}."
-        for finding in findings:
-            if finding.kind == kind:
-                yield f"    {finding.path}: {finding.detail}".rstrip(": ")
+    for gravity, kinds in itertools.groupby(list_kinds(findings), lambda row: row[2]):
+        yield f"{GRAVITIES[gravity][0].capitalize()}:"
+        for kind, number, _, advice in kinds:
+            yield f"  {kind} ({number:,}): {advice}."
+            for finding in findings:
+                if finding.kind == kind:
+                    yield f"    {finding.path}: {finding.detail}".rstrip(": ")
 
 
 PAGE_MARK = b"<!doctype html><!-- gen-captions --review -->"  # only pages of ours are replaced
@@ -3479,13 +3464,13 @@ show()
 
 
 def build_page(title: str, samples: Sequence[Sample], folder: str) -> bytes:
-    """Return the page of a set, as it is to lie in a folder."""
+    """Return the page of a set, with links that work in a folder."""
     findings = [finding for sample in samples for finding in sample.findings]
     kinds = list_kinds(findings)
     numbers = {kind: number for number, (kind, *_) in enumerate(kinds)}
     rows = []
     for sample in samples:
-        path = sample.image or sample.caption or sample.findings[0].path
+        path = sample.image or sample.findings[0].path
         name = os.path.relpath(path, folder).replace(os.sep, "/")
         href = quote(os.fsencode(name)) if sample.digest else ""
         found = [(numbers[kind], printable(detail)) for kind, _, detail in sample.findings]
