@@ -2770,31 +2770,31 @@ def hold_signals() -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------- Encoding
 
-BOMS = (  # UTF-32 before UTF-16, one of whose marks begins like it
-    ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32", "utf-32"),
+BOMS = (
     ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16", "utf-16"),
     (codecs.BOM_UTF8, "BOM", "utf-8-sig"),
     (b"", "", "utf-8"),
 )
-PAGES = (  # what legacy files come in, by Python's names; of two that read alike the first is said
+CODE_PAGES = (  # what old files are saved in, by Python's names
     "cp1252 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 iso8859-2 iso8859-5 "
     "iso8859-7 koi8-r koi8-u cp866 cp874 gb18030 big5hkscs cp932 euc_jis_2004 cp949 "
-    "utf-16-le utf-16-be utf-32-le utf-32-be"
+    "utf-16-le utf-16-be"
 ).split()
-SAMPLE = 1 << 14  # bytes that are enough to judge by
-HOME, A_BIT = 1.3, 0.008  # how much likelier cp1252 is: times, and where nothing else speaks
+ENOUGH = 1 << 14  # bytes to judge by
+HOME = 1.3  # cp1252 is the commonest: its weight counts so many times
+A_BIT = 0.008  # what it weighs where chardet gives no weight to any reading
 NOT_HOME = "[ÐÝÞðýþ]|[ãõ](?![oes])"  # in cp1252; more often Turkish, Baltic, Romanian
-DOUBT = 1.3  # times as likely as a reading in another language is beyond doubt
-FEW_LETTERS = 5  # of another script prove nothing when they are fewer
+DOUBT = 1.3  # a reading is unclear if it weighs less than this times one in another language
+FEW_LETTERS = 5  # fewer letters of another script than these prove nothing
 FOREIGN_LETTER = "[\u0370-\u1fff\u3040-\uffff]"
 CONTROL = "[\x00-\x08\x0e-\x1f\x7f-\x9f]"
 CASED = [*map(chr, range(0xC0, 0x530))]  # Latin, Greek, Cyrillic
 SMALL, CAPITAL = "".join(filter(str.islower, CASED)), "".join(filter(str.isupper, CASED))
-ODD = "|".join(  # what a wrong page makes of a text
+ODD = "|".join(  # what a text looks like in the wrong page
     (
         r"[^\w\s!-~¡£€¥§©«®°±´·»¿×÷‐-›№™\u0e00-\u0e7f\u3000-\u303f\uff01-\uff65]",  # a rare sign
-        "[ฃฅˆ-˝]",  # out of use in Thai; accents without letters
-        r"[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]",  # after a word, what stands before one
+        "[ฃฅˆ-˝]",  # Thai letters out of use; accents without letters
+        r"[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]",  # right behind a word, a sign that opens one
         f"[a-z{SMALL}][{CAPITAL}]",  # a capital after a small letter
         "[A-Za-zÀ-ɏ][Ͱ-ۿ]|[Ͱ-ۿ][A-Za-zÀ-ɏ]",  # two scripts in a word
     )
@@ -2804,8 +2804,8 @@ AS_CP1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte i
 VALID = "[^\x00-\x7f\udc80-\udcff]"
 TOUCHING = f"{VALID}{STRAY}|{STRAY}{VALID}"
 CUT_SHORT = "[^\udc80-\udcff]*[\udcc2-\udcf4][\udc80-\udcbf]{0,2}"  # half a letter at the end
-# UTF-8 that was read as cp1252: a first byte, and as many more as it asks for. Only what has
-# such a run is shown to ftfy, which takes CAFÉ³, “Â” and 10 Å² for damage too.
+# UTF-8 that was read as cp1252: a first byte, and as many more as it asks for. ftfy sees only
+# texts that have such a run, because it takes CAFÉ³, “Â” and 10 Å² for damage too.
 MORE = f"[\x80-\xbf{bytes(range(0x80, 0xA0)).decode('cp1252', 'ignore')}]"
 DAMAGE = "|".join(
     (
@@ -2825,14 +2825,14 @@ class Decoding:
 
     kind: str  # "right", "unclear", "no text", or what was repaired: "cp1251", "BOM, mojibake"
     text: str = ""  # as it should be
-    why: str = ""  # it is unclear or no text, and what the user can do
+    why: str = ""  # the reason that it is unclear or no text, and what the user can do
 
 
 NO_TEXT = Decoding("no text", why=f"zero or control bytes; {LOOK_AT_IT}")
 
 
 class Reading(NamedTuple):
-    """The beginning of a file, read in one of PAGES."""
+    """The beginning of a file, read in one of CODE_PAGES."""
 
     weight: float
     page: str
@@ -2844,8 +2844,8 @@ class Reading(NamedTuple):
 def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = True) -> Decoding:
     """Return what the bytes are.
 
-    `encoding` is that of bytes that are not UTF-8 and have no BOM. Without `letters` damage done
-    to letters before stays.
+    `encoding` is used for bytes that are not UTF-8 and have no BOM. Without `letters`, letters
+    that an earlier conversion damaged stay as they are.
     """
     if data.isascii() and b"\0" not in data:
         return Decoding("right", data.decode())
@@ -2861,7 +2861,7 @@ def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = Tru
 
 
 def read_bytes(data: bytes, encoding: str | None) -> Decoding:
-    """Return the text of the bytes as they are; the kind is blank for UTF-8."""
+    """Return the text that the bytes hold, damage included; the kind is blank for UTF-8."""
     kind, codec = next(row[1:] for row in BOMS if data.startswith(row[0]))
     text = decode(data, codec)
     if text is None and codec.startswith("utf-8"):
@@ -2877,7 +2877,7 @@ def read_bytes(data: bytes, encoding: str | None) -> Decoding:
 
 
 def decode(data: bytes, codec: str) -> str | None:
-    """Return the text without the zero bytes that a crash leaves; None for no text."""
+    """Return the text without the zero bytes that a crash leaves, None if it is no text."""
     try:
         text = data.decode(codec).rstrip("\0")
         text.encode()  # unicode_escape can make half characters
@@ -2895,9 +2895,7 @@ def guess(data: bytes) -> Decoding:
             return Decoding("stray bytes", mended)
         if valid >= len(re.findall(STRAY, text)):
             return Decoding("unclear", why=f"mostly UTF-8, but not all of it; {LOOK_AT_IT}")
-    ranked, bare = rank(data), data.rstrip(b"\0")
-    if not ranked and b"\0" not in bare:
-        ranked = rank(bare)
+    ranked = rank(data) or rank(data.rstrip(b"\0"))
     whole = decode(data, ranked[0].page) if ranked else None
     if whole is None:
         return NO_TEXT
@@ -2912,39 +2910,35 @@ def guess(data: bytes) -> Decoding:
 
 def mend_strays(text: str) -> str:
     """Return UTF-8 with its stray bytes read as cp1252, blank when they are something else."""
-    others = re.sub(VALID, " ", text).translate(AS_CP1252)  # what is UTF-8 may be of any language
+    others = re.sub(VALID, " ", text).translate(AS_CP1252)  # what is UTF-8 can be any language
     is_else = re.fullmatch(CUT_SHORT, text) or re.search(TOUCHING, text) or re.search(ODD, others)
     return "" if is_else else text.translate(AS_CP1252)
 
 
 def rank(data: bytes) -> list[Reading]:
-    """Return how the beginning of a file may be read, the likeliest first."""
-    sample = data[:SAMPLE]
-    found: dict[str, Reading] = {}
-    for row in sorted(detect(sample), key=lambda row: PAGES.index(row["encoding"])):
-        if reading := weigh(sample, row):
-            first = found.setdefault(reading.text, reading)
-            found[reading.text] = max(first, first._replace(weight=reading.weight))
-    return sorted(found.values(), reverse=True)
+    """Return the readings of the beginning of a file, the likeliest first, each text once."""
+    beginning = data[:ENOUGH]
+    readings = sorted(filter(None, (weigh(beginning, row) for row in detect(beginning))))
+    return sorted({reading.text: reading for reading in readings}.values(), reverse=True)
 
 
-def detect(sample: bytes) -> list[dict[str, Any]]:
+def detect(beginning: bytes) -> list[dict[str, Any]]:
     """Return chardet's rows: encoding, language, confidence."""
     import chardet
 
-    if b"\0" not in sample:
-        sample = b" " + sample  # it begins with a word; "BMW" alone begins a bitmap
+    if b"\0" not in beginning:
+        beginning = b" " + beginning  # else "BMW" makes it a bitmap
     rows = chardet.detect_all(
-        sample, ignore_threshold=True, compat_names=False, include_encodings=PAGES
+        beginning, ignore_threshold=True, compat_names=False, include_encodings=CODE_PAGES
     )
     return [dict(row) for row in rows if row["encoding"]]
 
 
-def weigh(sample: bytes, row: Mapping[str, Any]) -> Reading | None:
-    """Return one of chardet's rows with its weight, None when it is no text."""
+def weigh(beginning: bytes, row: Mapping[str, Any]) -> Reading | None:
+    """Return the reading of one of chardet's rows with its weight, None when it is no text."""
     page = row["encoding"]
     try:
-        text = codecs.getincrementaldecoder(page)().decode(sample)  # the last letter may be cut
+        text = codecs.getincrementaldecoder(page)().decode(beginning)  # its end may cut a letter
     except UnicodeError:
         return None
     if re.search(CONTROL, text):
@@ -2962,7 +2956,7 @@ def weigh(sample: bytes, row: Mapping[str, Any]) -> Reading | None:
 
 
 def mend_letters(text: str) -> str | None:
-    """Return the text without UTF-8 misread as cp1252, None where letters are lost."""
+    """Return the text with UTF-8 that was misread as cp1252 repaired, None if letters are lost."""
     if not re.search(DAMAGE, text):
         return text
     import ftfy
@@ -2979,7 +2973,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".toml")
 
 
 def walk_texts(roots: Iterable[Path], suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-    """Yield (root, path) of each text below the roots; folders that cannot be read too."""
+    """Yield each text below the roots, and each folder that cannot be read, with its root."""
     seen = set[str]()
     for root in roots:
         trouble = list[OSError]()
@@ -3006,7 +3000,7 @@ def find_roots(settings: Settings, flag: str) -> list[Path]:
 
 
 def describe_change(data: bytes, text: str) -> str:
-    """Return the words that a repair changes, before and after."""
+    """Return the words that a repair changes, each before and after."""
     before = data.decode("utf-8", "backslashreplace")
     pairs = zip(before.split(), text.split(), strict=False)
     changed = [f"{old} → {new}" for old, new in pairs if old != new and "\0" not in old]
@@ -3026,13 +3020,13 @@ def look_at_text(path: str, settings: Settings) -> tuple[Outcome, bytes, str]:
         outcome = Outcome(path, "skipped", "already right")
     elif found.why:
         outcome = Outcome(path, "failed", found.kind, found.why)
-    elif not mode & 0o222:  # the superuser could, and should not
+    elif not mode & 0o222:  # replacing it would work, but its owner protected it
         outcome = Outcome(path, "failed", "read-only file", "make it writable, then run again")
     return outcome, data, found.text
 
 
 def repair_text(outcome: Outcome, data: bytes, text: str, journal: Journal) -> Outcome:
-    """Write a text as it should be, unless somebody changed it since."""
+    """Write a text as it should be, unless somebody changed the file meanwhile."""
     path, digest = outcome.path, hashlib.sha256(data).hexdigest()
     try:
         if not journal.write(path, text.encode(), Entry("repaired"), replaces=digest):

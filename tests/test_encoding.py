@@ -74,7 +74,7 @@ def test_elsewhere_than_in_western_text_unclear_beats_wrong_ten_to_one() -> None
         (b"a cat", "right"),
         (b"\xef\xbb\xbfa cat", "BOM"),
         ("a cat".encode("utf-16"), "UTF-16"),
-        ("a cat".encode("utf-32"), "UTF-32"),
+        ("a cat".encode("utf-32"), "unclear"),
         (b"it\x92s", "cp1252"),
         (b"caf\xe9", "cp1252"),
         (b"BMW, caf\xe9", "cp1252"),  # like the beginning of a bitmap

@@ -209,7 +209,9 @@ def test_a_look_is_code_0_and_only_our_page_is_replaced(tool: Tool, make_image: 
     tool("images")
     assert tool("--review", "images").stdout.startswith("Nothing wrong found.\n")
     shutil.copy(path, path.with_name("twin.jpg"))
-    path.with_name("twin.txt").write_text("A grey house stands beside a wide river under a dark sky.", encoding="utf-8")
+    path.with_name("twin.txt").write_text(
+        "A grey house stands beside a wide river under a dark sky.", encoding="utf-8"
+    )
     assert review(tool, code=0) == {"identical images": ["twin.jpg"]}
     page = path.with_name("review.html")
     page.write_text("<!doctype html><title>mine</title>", encoding="utf-8")
