@@ -2651,7 +2651,6 @@ class Report:
         """Write the last line of the report file."""
         if not self.stream:
             return
-        stopped = getattr(self.ended_by, "name", None) or (self.ended_by and str(self.ended_by))
         line: dict[str, Any] = {"outcome": "summary", "left": self.left, "noted": self.notes}
         line |= {kind: self.counts[kind].total() for kind in ("captioned", "repaired")}
         line |= {kind: self.counts[kind] for kind in ("skipped", "failed")}
@@ -2660,12 +2659,14 @@ class Report:
             usage = self.bill.usage
             line |= {"prompt_tokens": usage.prompt, "answer_tokens": usage.answer}
             line |= {"usd": round(self.bill.spent, 8) if self.bill.has_price else None}
-        self._write_line({**line, "stopped": stopped, "exit_code": self.exit_code})
+        line["stopped"] = getattr(self.ended_by, "name", self.ended_by)
+        self._write_line({**line, "exit_code": self.exit_code})
 
     def _write_line(self, line: dict[str, Any]) -> None:
         try:
             if self.stream:
-                self.stream.write(json.dumps(line) + "\n")  # ASCII: names may be no text
+                # as ASCII, since a name may be no valid text
+                self.stream.write(json.dumps(line, default=str) + "\n")
                 self.stream.flush()
         except OSError as error:
             self.stream = None
@@ -2793,7 +2794,6 @@ SMALL, CAPITAL = "".join(filter(str.islower, CASED)), "".join(filter(str.isupper
 ODD = "|".join(  # what a text looks like in the wrong page
     (
         r"[^\w\s!-~¡£€¥§©«®°±´·»¿×÷‐-›№™\u0e00-\u0e7f\u3000-\u303f\uff01-\uff65]",  # a rare sign
-        "[ฃฅˆ-˝]",  # Thai letters out of use; accents without letters
         r"[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]",  # right behind a word, a sign that opens one
         f"[a-z{SMALL}][{CAPITAL}]",  # a capital after a small letter
         "[A-Za-zÀ-ɏ][Ͱ-ۿ]|[Ͱ-ۿ][A-Za-zÀ-ɏ]",  # two scripts in a word
@@ -2890,7 +2890,7 @@ def guess(data: bytes) -> Decoding:
     """Return the text of bytes that are not UTF-8."""
     text = data.decode("utf-8", "surrogateescape")  # a stray byte becomes half a surrogate
     valid = len(re.findall(VALID, text))
-    if valid and b"\0" not in data:
+    if valid and "\0" not in text:
         if mended := mend_strays(text):
             return Decoding("stray bytes", mended)
         if valid >= len(re.findall(STRAY, text)):
@@ -3166,15 +3166,17 @@ def judge_caption(sample: Sample, text: str, recipe: Recipe) -> Faults:
     if syntax := re.search(GENERATOR_SYNTAX, text):
         yield "generator syntax", shorten(syntax[0], 80)
         return
-    start = whole.removesuffix(bare)
-    plain = re.sub(r"[^\S\n]+", " ", text.replace("\u200b", ""))  # Thai words hold U+200B
-    if start + clean != plain:
-        yield "untidy", f"would read: {shorten(start + clean, 80)}"
     sample.clean = re.sub(ESCAPES, lambda found: str(json.loads(f'"{found[0]}"')), clean)
-    if start + sample.clean != plain or text != sample.text:
-        sample.repair = start + sample.clean
-    if lost := re.findall(f"\ufffd|{ESCAPES}", text):
-        yield "damaged letters", shorten(" ".join(lost), 40)
+    repair = whole.removesuffix(bare) + sample.clean
+    is_tidy = repair == re.sub(
+        r"[^\S\n]+", " ", text.replace("\u200b", "")
+    )  # U+200B: in Thai words
+    if not is_tidy:
+        yield "untidy", f"would read: {shorten(repair, 80)}"
+    if not is_tidy or text != sample.text:
+        sample.repair = repair
+    if "\ufffd" in text:
+        yield "damaged letters", "some were lost in an earlier conversion"
     yield from judge_words(text, recipe)
 
 
@@ -3400,16 +3402,15 @@ function draw([title, href, text, repair, findings]) {
   if (text) body.append(fold(text))
   if (repair) body.append(make("small", {}, "Repaired:"), fold(repair))
   for (const [kind, detail] of findings) {
-    const [name, , gravity, advice] = kinds[kind]
-    body.append(make("p", { className: "finding g" + gravity, title: advice },
-      make("b", {}, signs[gravity] + " " + name), detail && ": " + detail))
+    const gravity = kinds[kind][1], name = make("b", {}, signs[gravity] + " " + kind)
+    body.append(make("p", { className: "finding g" + gravity }, name, detail && ": " + detail))
   }
   if (!href) return make("li", {}, body)
   const image = make("img", { src: href, alt: "Open " + title, loading: "lazy" })
   image.onerror = () => image.replaceWith("This browser cannot show it.")
   return make("li", {}, make("a", { href, target: "_blank" }, image), body)
 }
-const rank = ([, , , , findings]) => Math.min(...findings.map(([kind]) => kind), kinds.length)
+const rank = ([, , , , findings]) => Math.min(...findings.map(([kind]) => kinds[kind][1]), 3)
 function show() {
   const sought = get("search").value.toLowerCase()
   shown = samples.filter(([title, , text, , findings]) =>
@@ -3426,15 +3427,15 @@ document.title = "Review of " + (get("title").textContent = data.title)
 get("verdict").textContent = data.verdict
 data.gravities.forEach((said, n) => get("legend").append(
   make("b", { className: "g" + n }, `${signs[n]} ${said} \\u2003`)))
-kinds.forEach(([name, number, gravity], kind) => {
-  const button = chip(`${signs[gravity]} ${name}`, number, () => {
+for (const [kind, [number, gravity]] of Object.entries(kinds)) {
+  const button = chip(`${signs[gravity]} ${kind}`, number, () => {
     button.ariaPressed = !chosen.delete(kind) && !!chosen.add(kind)
-    get("advice").textContent = [...chosen].map(n => `${kinds[n][0]}: ${kinds[n][3]}.`).join(" ")
+    get("advice").textContent = [...chosen].map(each => `${each}: ${kinds[each][2]}.`).join(" ")
     show()
   })
   Object.assign(button, { ariaPressed: false, className: "g" + gravity })
   get("kinds").append(button)
-})
+}
 for (const [phrase, share] of data.phrases) get("phrases").append(chip(phrase, share, () => {
   get("search").value = phrase
   show()
@@ -3460,20 +3461,18 @@ show()
 def build_page(title: str, samples: Sequence[Sample], folder: str) -> bytes:
     """Return the page of a set, with links that work in a folder."""
     findings = [finding for sample in samples for finding in sample.findings]
-    kinds = list_kinds(findings)
-    numbers = {kind: number for number, (kind, *_) in enumerate(kinds)}
     rows = []
     for sample in samples:
         path = sample.image or sample.findings[0].path
         name = os.path.relpath(path, folder).replace(os.sep, "/")
         href = quote(os.fsencode(name)) if sample.digest else ""
-        found = [(numbers[kind], printable(detail)) for kind, _, detail in sample.findings]
+        found = [(kind, printable(detail)) for kind, _, detail in sample.findings]
         rows.append((printable(name), href, sample.text, sample.repair, found))
     data = {
         "title": title,
         "verdict": describe_verdict(findings),
         "gravities": [one for one, _ in GRAVITIES],
-        "kinds": kinds,
+        "kinds": {kind: rest for kind, *rest in list_kinds(findings)},
         "lengths": sorted(count_words(sample.text) for sample in samples if sample.text),
         "phrases": find_phrases([sample.clean for sample in samples if sample.clean]),
         "samples": rows,
@@ -3486,7 +3485,7 @@ def build_page(title: str, samples: Sequence[Sample], folder: str) -> bytes:
 # -------------------------------------------------------------------------------------- Local model
 
 
-LOCAL_MODELS = {  # at Hugging Face, and the commit of which docs/local-models.md speaks
+LOCAL_MODELS = {  # the name at Hugging Face, and the commit that docs/local-models.md describes
     "small": ("Qwen/Qwen3-VL-2B-Instruct-GGUF", "52d6c8ffea26cc873ac5ad116f8631268d7eb503"),
     "medium": ("Qwen/Qwen3-VL-4B-Instruct-GGUF", "1cd86afb9a95c410a6038ab3b40d8b578c892266"),
     "large": ("Qwen/Qwen3-VL-8B-Instruct-GGUF", "f982a07559d4a2f6c8744d840bf6fccab30eea96"),
@@ -3530,10 +3529,9 @@ def check_local(model: str) -> None:
     """Raise SettingsError if a package or file that a local model needs is not there."""
     from importlib.util import find_spec
 
-    is_file = model.endswith(".gguf")
-    if is_file and not os.path.isfile(model):
+    if model.endswith(".gguf") and not os.path.isfile(model):
         raise SettingsError(f"--local: {model}: no such file")
-    needed = ("xllamacpp",) if is_file else ("xllamacpp", "huggingface_hub")
+    needed = ("xllamacpp", "huggingface_hub")
     if missing := " and ".join(name for name in needed if find_spec(name) is None):
         raise SettingsError(f"--local: needs {missing}: pip install -r requirements-local.txt")
 
@@ -3591,7 +3589,7 @@ def serve_model() -> None:
         os._exit(0)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    if sys.platform == "linux":  # while a model is loaded, no thread runs
+    if sys.platform == "linux":  # the thread does not run while a model is loaded
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -3605,7 +3603,7 @@ def serve_model() -> None:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
     params.image_max_tokens = IMAGE_TOKENS
     params.enable_reasoning = 0
-    params.cache_ram_mib = 0  # of prompts; each image is asked about once
+    params.cache_ram_mib = 0  # it would keep prompts, but each image is asked about once
     params.verbosity = 1  # errors
     # Qwen's own values; its models loop without: https://github.com/QwenLM/Qwen3-VL/issues/1611
     sampling = params.sampling
@@ -3614,7 +3612,7 @@ def serve_model() -> None:
     try:
         server = xllamacpp.Server(params)
     except RuntimeError:
-        time.sleep(1)  # a thread of llama.cpp's writes why
+        time.sleep(1)  # a thread of llama.cpp is still writing why
         sys.exit(1)
     print(server.listening_address, flush=True)
     threading.Event().wait()
@@ -3645,7 +3643,7 @@ def start_engine(settings: Settings, prompt: str, key: str) -> subprocess.Popen[
 
 
 def describe_end(process: subprocess.Popen[str]) -> str:
-    """Return how the engine ended; why, it said itself."""
+    """Return how the engine ended; it has said why itself."""
     if (code := process.wait()) == -9:
         return "--local: the engine was killed; where memory is short, take a smaller model"
     return f"--local: the engine ended with code {code}; what it said is above"
@@ -3655,7 +3653,7 @@ def describe_end(process: subprocess.Popen[str]) -> str:
 def open_engine(
     settings: Settings, prompt: str
 ) -> Iterator[tuple[Settings, subprocess.Popen[str]]]:
-    """Yield the settings that lead to the engine, and its process. Raises StopRun."""
+    """Yield the settings with the engine's address, and its process. Raises StopRun."""
     key = os.urandom(16).hex()
     with start_engine(settings, prompt, key) as process:  # closes its pipes at the end
         address = process.stdout.readline().strip() if process.stdout else ""
