@@ -2628,9 +2628,9 @@ class Report:
             counted = [f"{number:,} {NOTED[note]}" for note, number in self.notes.items()]
             lines.append(f"Worth a look: {', '.join(counted)}.")
         if self.outdated:
-            captions = "caption was" if self.outdated == 1 else "captions were"
-            said = f"{self.outdated:,} {captions} made with another prompt or trigger"
-            lines.append(f"{said}; --overwrite updates them.")
+            were, them = ("captions were", "them") if self.outdated > 1 else ("caption was", "it")
+            said = f"{self.outdated:,} {were} made with another prompt or trigger"
+            lines.append(f"{said}; --overwrite updates {them}.")
         lines.append(self._last_line())
         if self.ended_by is not None:
             lines.append("Stopped. Run the same command to continue.")
@@ -2715,24 +2715,22 @@ def show_progress(total: int | None, unit: str, report: Report) -> Iterator[Call
         unit=f" {unit}s",
         bar_format=BAR if total else None,
         file=sys.stderr,
-        disable=None if log.isEnabledFor(logging.INFO) else True,  # None: where is no terminal
+        disable=None if log.isEnabledFor(logging.INFO) else True,  # None: unless on a terminal
         dynamic_ncols=True,
         leave=False,
     )
-    done, started = 0, time.monotonic()
-    said_at = started
+    done, said_at = 0, time.monotonic()
 
     def update() -> None:
         nonlocal done, said_at
-        done, now = done + 1, time.monotonic()
+        done += 1
         if not bar.disable:
             failed = report.counts["failed"].total()
             bar.set_postfix_str(f"{failed:,} failed" if failed else "", refresh=False)
             bar.update()
-        elif now - said_at >= QUIET_S:
-            said_at = now
-            rate = done / (now - started)
-            log.info("%d of %s %ss, %.1f a second", done, total or "?", unit, rate)
+        elif time.monotonic() - said_at >= QUIET_S:
+            said_at = time.monotonic()
+            log.info("%d of %s %ss", done, total or "?", unit)
 
     with bar, logging_redirect_tqdm([log]) if not bar.disable else contextlib.nullcontext():
         yield update
@@ -2847,8 +2845,6 @@ def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = Tru
     `encoding` is used for bytes that are not UTF-8 and have no BOM. Without `letters`, letters
     that an earlier conversion damaged stay as they are.
     """
-    if data.isascii() and b"\0" not in data:
-        return Decoding("right", data.decode())
     found = read_bytes(data, encoding)
     if found.why:
         return found
@@ -3618,30 +3614,6 @@ def serve_model() -> None:
     threading.Event().wait()
 
 
-def start_engine(settings: Settings, prompt: str, key: str) -> subprocess.Popen[str]:
-    """Start the engine that --local asks for. Raises StopRun."""
-    files = find_model(str(settings.local))
-    log.info("loading %s with %s", *files)
-    prompt_tokens = 1024 + len(prompt.encode()) // 2  # the model's own words around it, at most
-    tokens = IMAGE_TOKENS + prompt_tokens + settings.max_tokens
-    options = {
-        "files": files,
-        "key": key,
-        "slots": settings.thread_pool,
-        "context": settings.thread_pool * tokens,
-        # threads wait for each other busily; beside others, one for each processor is very slow
-        "threads": max(1, count_processors() - 1),
-    }
-    return subprocess.Popen(  # noqa: S603
-        [sys.executable, "-P", "-c", BE_ENGINE, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "GEN_CAPTIONS_ENGINE": json.dumps(options)},
-        start_new_session=True,  # the first Ctrl-C ends neither it nor the answers on their way
-    )
-
-
 def describe_end(process: subprocess.Popen[str]) -> str:
     """Return how the engine ended; it has said why itself."""
     if (code := process.wait()) == -9:
@@ -3654,8 +3626,25 @@ def open_engine(
     settings: Settings, prompt: str
 ) -> Iterator[tuple[Settings, subprocess.Popen[str]]]:
     """Yield the settings with the engine's address, and its process. Raises StopRun."""
-    key = os.urandom(16).hex()
-    with start_engine(settings, prompt, key) as process:  # closes its pipes at the end
+    files, key, slots = find_model(str(settings.local)), os.urandom(16).hex(), settings.thread_pool
+    log.info("loading %s with %s", *files)
+    prompt_tokens = 1024 + len(prompt.encode()) // 2  # at most, the model's own words included
+    options = {
+        "files": files,
+        "key": key,
+        "slots": slots,
+        "context": slots * (IMAGE_TOKENS + prompt_tokens + settings.max_tokens),
+        # threads wait for each other busily; beside others, one for each processor is very slow
+        "threads": max(1, count_processors() - 1),
+    }
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, "-P", "-c", BE_ENGINE, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "GEN_CAPTIONS_ENGINE": json.dumps(options)},
+        start_new_session=True,  # the first Ctrl-C ends neither it nor the answers on their way
+    ) as process:
         address = process.stdout.readline().strip() if process.stdout else ""
         if not address:
             raise StopRun(describe_end(process))

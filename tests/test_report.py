@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         with gc.show_progress(4000, "image", report()) as update:
             update()
     (said,) = caplog.messages
-    assert re.fullmatch(r"1 of 4,?000 images, [\d.]+ a second", said)
+    assert said == "1 of 4000 images"
 
 
 # ------------------------------------------------------------------------------ the report file
