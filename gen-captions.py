@@ -2789,13 +2789,11 @@ FOREIGN_LETTER = "[\u0370-\u1fff\u3040-\uffff]"
 CONTROL = "[\x00-\x08\x0e-\x1f\x7f-\x9f]"
 CASED = [*map(chr, range(0xC0, 0x530))]  # Latin, Greek, Cyrillic
 SMALL, CAPITAL = "".join(filter(str.islower, CASED)), "".join(filter(str.isupper, CASED))
-ODD = "|".join(  # what a text looks like in the wrong page
-    (
-        r"[^\w\s!-~¡£€¥§©«®°±´·»¿×÷‐-›№™\u0e00-\u0e7f\u3000-\u303f\uff01-\uff65]",  # a rare sign
-        r"[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]",  # right behind a word, a sign that opens one
-        f"[a-z{SMALL}][{CAPITAL}]",  # a capital after a small letter
-        "[A-Za-zÀ-ɏ][Ͱ-ۿ]|[Ͱ-ۿ][A-Za-zÀ-ɏ]",  # two scripts in a word
-    )
+ODD = (  # what a text looks like in the wrong page
+    r"[^\w\s!-~¡£€¥§©«®°±´·»¿×÷‐-›№™\u0e00-\u0e7f\u3000-\u303f\uff01-\uff65]"  # a rare sign
+    r"|[^\W\d_][¡-©«¬¯±´¶¸¼-¿×÷‚„†-•‹€]"  # right behind a word, a sign that opens one
+    f"|[a-z{SMALL}][{CAPITAL}]"  # a capital after a small letter
+    "|[A-Za-zÀ-ɏ][Ͱ-ۿ]|[Ͱ-ۿ][A-Za-zÀ-ɏ]"  # two scripts in a word
 )
 STRAY = "[\udc80-\udcff]"  # a byte that is not UTF-8, as Python's surrogateescape has it
 AS_CP1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(128, 256)}
@@ -2805,14 +2803,12 @@ CUT_SHORT = "[^\udc80-\udcff]*[\udcc2-\udcf4][\udc80-\udcbf]{0,2}"  # half a let
 # UTF-8 that was read as cp1252: a first byte, and as many more as it asks for. ftfy sees only
 # texts that have such a run, because it takes CAFÉ³, “Â” and 10 Å² for damage too.
 MORE = f"[\x80-\xbf{bytes(range(0x80, 0xA0)).decode('cp1252', 'ignore')}]"
-DAMAGE = "|".join(
-    (
-        "[\x80-\x9f]",
-        f"(?<![A-ZÀ-Þ])[ÂÃ](?![“”‘’]){MORE}",
-        f"(?<=[a-zà-ÿ])[Ä-Þ]{MORE}",
-        f"(?:[Ä-Þ]{MORE}){{2}}",
-        f"[à-ô]{MORE}{{2}}",
-    )
+DAMAGE = (
+    "[\x80-\x9f]"
+    f"|(?<![A-ZÀ-Þ])[ÂÃ](?![“”‘’]){MORE}"
+    f"|(?<=[a-zà-ÿ])[Ä-Þ]{MORE}"
+    f"|(?:[Ä-Þ]{MORE}){{2}}"
+    f"|[à-ô]{MORE}{{2}}"
 )
 LOOK_AT_IT = "look at it in an editor"
 
@@ -3164,12 +3160,10 @@ def judge_caption(sample: Sample, text: str, recipe: Recipe) -> Faults:
         return
     sample.clean = re.sub(ESCAPES, lambda found: str(json.loads(f'"{found[0]}"')), clean)
     repair = whole.removesuffix(bare) + sample.clean
-    is_tidy = repair == re.sub(
-        r"[^\S\n]+", " ", text.replace("\u200b", "")
-    )  # U+200B: in Thai words
-    if not is_tidy:
+    plain = re.sub(r"[^\S\n]+", " ", text.replace("\u200b", ""))  # Thai words hold U+200B
+    if repair != plain:
         yield "untidy", f"would read: {shorten(repair, 80)}"
-    if not is_tidy or text != sample.text:
+    if repair != plain or text != sample.text:
         sample.repair = repair
     if "\ufffd" in text:
         yield "damaged letters", "some were lost in an earlier conversion"
@@ -3267,7 +3261,8 @@ def judge_set(samples: Sequence[Sample]) -> None:
                 "very short", sample.caption, f"half of the captions have {middle} words or more"
             )
     halves = [sample for sample in captioned if re.search(HALF, sample.clean)]
-    # where most captions end with a stop, one without it was cut off
+    # other tools cut sentences in two: https://github.com/MNeMoNiCuZ/joy-caption-batch/issues/12
+    # where most captions end with a stop, one without was cut
     for sample in halves if len(halves) <= MANY * len(captioned) else ():
         sample.add("cut off", sample.caption, f"…{sample.clean[-40:]}")
 
@@ -3366,8 +3361,7 @@ li div { padding: .5rem .9rem } [dir] { white-space: pre-wrap }
 .finding { padding: .2rem .5rem; border-left: 3px solid var(--tint); background: var(--line) }
 </style>
 <header><small id="title"></small><h1 id="verdict"></h1></header>
-<main><noscript>This page needs JavaScript.</noscript>
-<details id="found"><summary>Findings</summary><p id="legend"></p>
+<main><details id="found"><summary>Findings</summary><p id="legend"></p>
 <div id="kinds" class="chips"></div><p id="advice" role="status"></p></details>
 <div class="two"><section><h2>Words in a caption</h2>
 <div id="bars" role="img" aria-labelledby="axis"></div><small id="axis"></small></section>
