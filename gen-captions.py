@@ -2414,7 +2414,7 @@ class Asker:
 
 # ------------------------------------------------------------------------------------------- Report
 
-NOTED = {  # on captions, as the summary counts them
+NOTED = {  # what the summary says behind the number of captions that have a note
     "excluded words": "with excluded words",
     "cut": "cut at --max-words",
     "too long": "longer than --max-words",
@@ -2432,7 +2432,7 @@ class Report:
         self.left = 0  # images that are still to be done
         self.outdated = Counter[str]()  # captions, by what other prompt or trigger made them
         self.ended_by: StopRun | signal.Signals | None = None
-        self.update: Callable[[], None] = lambda: None  # of the progress shown
+        self.update: Callable[[], None] = lambda: None  # moves the progress bar by one image
         self._failures: list[Outcome] = []
         self._answers = set[int]()
         self._started = time.monotonic()
@@ -2443,7 +2443,7 @@ class Report:
         self.counts[outcome.kind][outcome.reason] += 1
         notes = outcome.notes
         if outcome.kind == "captioned":
-            if not self._answers and sys.stderr.isatty():  # a bad prompt shows at once
+            if not self._answers and sys.stderr.isatty():  # so that a bad prompt is seen at once
                 log.info("%s: %s", outcome.path, outcome.detail)
             answer = hash(outcome.detail)
             if answer in self._answers:
@@ -2451,7 +2451,7 @@ class Report:
             self._answers.add(answer)
         for note in notes:
             self.notes[note] += 1
-            if self.notes[note] == 1:  # the others are counted
+            if self.notes[note] == 1:  # the summary counts the others
                 log.warning("%s: %s", outcome.path, NOTED[note])
         if outcome.kind == "failed":
             self._failures.append(outcome)
@@ -2469,7 +2469,7 @@ class Report:
         return int(bool(self.counts["failed"]))
 
     def tally(self) -> str:
-        """Return the counts in a few words."""
+        """Return the counts and their reasons."""
         parts = []
         for kind in ("captioned", "repaired", "planned", "exported", "failed", "skipped"):
             reasons = self.counts[kind]
@@ -2483,8 +2483,8 @@ class Report:
         return ", ".join(parts)
 
     def summary(self) -> str:
-        """Return what a person wants to know at the end."""
-        far = self._failures[:-20]  # those have scrolled away
+        """Return the last lines of a run."""
+        far = self._failures[:-20]  # the others can still be seen above
         lines = [f"{outcome.path}: {outcome.reason}" for outcome in far[:30]]
         if len(far) > 30:
             lines.append(f"and {len(far) - 30:,} more; --report FILE lists all")
@@ -2503,10 +2503,10 @@ class Report:
 
     def _last_line(self) -> str:
         bill = f" {self.bill}." if self.bill and str(self.bill) else ""
-        skipped = self.counts["skipped"]
-        others = sum(map(Counter.total, self.counts.values())) - skipped.total()
-        if skipped and not (others or self.left or bill):
-            if [*skipped] == ["has a caption"]:
+        kinds = [kind for kind, reasons in self.counts.items() if reasons]
+        if kinds == ["skipped"] and not (self.left or bill):
+            skipped = self.counts["skipped"]
+            if [*skipped] == ["has a caption"] and skipped.total() > 1:
                 return f"Nothing to do: all {skipped.total():,} images have captions."
             return f"Nothing to do: {self.tally()}."
         seconds = time.monotonic() - self._started
@@ -2516,7 +2516,6 @@ class Report:
         """Write the last line of the report file."""
         if not self.stream:
             return
-        stopped = getattr(self.ended_by, "name", None) or (self.ended_by and str(self.ended_by))
         line: dict[str, Any] = {"outcome": "summary", "left": self.left, "noted": self.notes}
         line |= {kind: self.counts[kind].total() for kind in ("captioned", "repaired")}
         line |= {kind: self.counts[kind] for kind in ("skipped", "failed")}
@@ -2525,11 +2524,13 @@ class Report:
             usage = self.bill.usage
             line |= {"prompt_tokens": usage.prompt, "answer_tokens": usage.answer}
             line |= {"usd": round(self.bill.spent, 8) if self.bill.has_price else None}
-        self._write_line({**line, "stopped": stopped, "exit_code": self.exit_code})
+        line["stopped"] = getattr(self.ended_by, "name", self.ended_by)
+        self._write_line({**line, "exit_code": self.exit_code})
 
     def _write_line(self, line: dict[str, Any]) -> None:
         try:
-            print(json.dumps(line), file=self.stream, flush=True)  # ASCII: names may be no text
+            # as ASCII: a name may be no text
+            print(json.dumps(line, default=str), file=self.stream, flush=True)
         except OSError as error:
             self.stream = None
             self.counts["failed"]["report not written"] += 1
@@ -2541,20 +2542,20 @@ def describe_outcome(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome as a line of the report file."""
     what = "file" if outcome.kind == "repaired" else "image"
     line: dict[str, Any] = {"outcome": outcome.kind, what: outcome.path}
-    if outcome.kind == "captioned":
-        return line | {"file": outcome.caption, "caption": outcome.detail, "notes": outcome.notes}
     if outcome.caption:
         line["file"] = outcome.caption
+    if outcome.kind == "captioned":
+        return line | {"caption": outcome.detail, "notes": outcome.notes}
     return line | {"reason": outcome.reason, "detail": outcome.detail}
 
 
 def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str] | None]:
     """Return the stream that --report names, if any. Raises SettingsError."""
-    if target is None or target == "-":
+    if not target or target == "-":
         return contextlib.nullcontext(sys.stdout if target else None)
     try:
-        is_full = os.path.isfile(target) and has_caption(target)
-        if is_full and not read_file(target).startswith(b'{"outcome": '):
+        begins = read_file(target)[:12] if os.path.isfile(target) else b""
+        if begins not in {b"", b'{"outcome": '}:
             said = "is there already, and is no report of this tool; name another file"
             raise SettingsError(f"--report: {target}: {said}")
         return open(target, "w", encoding="utf-8", newline="\n")
@@ -2572,39 +2573,30 @@ def show_progress(total: int | None, unit: str, report: Report) -> Iterator[Call
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    quiet = not log.isEnabledFor(logging.INFO)
     bar = tqdm(
         total=total,
         unit=f" {unit}s",
         bar_format=BAR if total else None,
         file=sys.stderr,
-        disable=quiet or None,
+        disable=None if log.isEnabledFor(logging.INFO) else True,  # None: unless on a terminal
         dynamic_ncols=True,
         leave=False,
     )
-    done, started = 0, time.monotonic()
-    said_at = started
+    done, said_at = 0, time.monotonic()
 
     def update() -> None:
         nonlocal done, said_at
-        done, now = done + 1, time.monotonic()
+        done += 1
         if not bar.disable:
             failed = report.counts["failed"].total()
             bar.set_postfix_str(f"{failed:,} failed" if failed else "", refresh=False)
             bar.update()
-        elif now - said_at >= QUIET_S and not quiet:
-            said_at = now
-            rate = done / (now - started)
-            log.info("%s of %s %ss, %.1f a second", f"{done:,}", total or "?", unit, rate)
+        elif time.monotonic() - said_at >= QUIET_S:
+            said_at = time.monotonic()
+            log.info("%d of %s %ss", done, total or "?", unit)
 
     with bar, logging_redirect_tqdm([log]) if not bar.disable else contextlib.nullcontext():
         yield update
-
-
-def interrupt(number: int, _frame: FrameType | None = None) -> None:
-    """End what runs, as Ctrl-C does. No other signal disturbs the end."""
-    handle_signals(lambda _number, _frame: None)
-    raise KeyboardInterrupt(number)
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
@@ -2613,9 +2605,21 @@ def handle_signals(handler: Callable[[int, FrameType | None], None] | signal.Han
         signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """Ignore Ctrl-C and SIGTERM, so that nothing disturbs the end."""
+    handle_signals(lambda _number, _frame: None)  # Python complains if SIG_IGN meets one on its way
+    handle_signals(signal.SIG_IGN)
+
+
+def interrupt(number: int, _frame: FrameType | None = None) -> None:
+    """Raise KeyboardInterrupt with the signal's number; ignore all signals after it."""
+    ignore_signals()
+    raise KeyboardInterrupt(number)
+
+
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Let signals wait until what is written is counted too."""
+    """Make signals wait until a file is written and counted."""
     came: list[int] = []
     handle_signals(lambda number, _: came.append(number))
     try:
@@ -2624,12 +2628,6 @@ def hold_signals() -> Iterator[None]:
         handle_signals(interrupt)
     if came:
         interrupt(came[0])
-
-
-def ignore_signals() -> None:
-    """Let no signal disturb the end."""
-    handle_signals(lambda _number, _frame: None)  # for a signal that is on its way
-    handle_signals(signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------- Encoding
@@ -2934,7 +2932,7 @@ UNREADABLE = ("unreadable file", "unreadable caption", "unreadable folder")
 UNSEEN = ("captions elsewhere", "extension not read")
 FROM_A_MODEL = ("refused", "error text", "reasoning only", "looping", "empty")
 RENEW = "delete it and run again, or write it by hand"
-FINDINGS = {  # gravest first: what each does, and what to do about it
+FINDINGS = {  # gravest first: how grave each is, what it does, what to do about it
     **dict.fromkeys(UNREADABLE, (STOPS, "check its permissions")),
     "not an image": (STOPS, "save it anew, or take it out"),
     "damaged image": (STOPS, "its end cannot be decoded; save it anew, or take it out"),
@@ -2952,27 +2950,21 @@ FINDINGS = {  # gravest first: what each does, and what to do about it
     "excluded words": (WRONG, "the trait is bound to these words; take them out"),
     "trigger missing": (WRONG, "add it: --trigger WORD --overwrite costs nothing, or by hand"),
     "too long": (MINOR, "its end may not be read; shorten it, or take --max-words"),
-    "very short": (MINOR, "others say more; see whether it is whole"),
+    "very short": (MINOR, "the others say more; see whether it is whole"),
     "identical captions": (MINOR, "see whether the images are alike too"),
     "identical images": (MINOR, "it is trained twice; take one out"),
     "shown otherwise": (MINOR, "viewers show more than is trained; save it as 8-bit sRGB"),
-    "wrong suffix": (MINOR, "some programs go by the name; rename it"),
-    "caption without an image": (MINOR, "it is never read; delete it, or bring the image back"),
 }
 OTHER_FINDING = (MINOR, "see whether you meant that")
 TRAINED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # ai-toolkit, toolkit/data_loader.py
-OTHER_TEXTS = {"prompt", "exclude", "readme", "license", "licence"}  # they are no captions
 GENERATOR_SYNTAX = (
     r"\bNegative prompt:|\bSteps: \d+, Sampler:"  # AUTOMATIC1111 saves them beside images
     r"|<(?:lora|lyco|hypernet):[^<>]+>"
-    r"|\{[^{}]*\|[^{}]*\}"  # a choice
+    r"|\{[^{}]*\|[^{}]*\}"  # {red|blue}: it chooses one
 )
 ESCAPES = r"(?:\\u[0-9a-fA-F]{4})+"
-DANGLING = (  # nothing ends with these
-    r"\b(?:a|the|of|with|and|or|from|her|his|its|their|while|which|that|whose|between|into)$"
-)
-HALF = r"(?:[.!?]\s|[。！？]).*[^\W\d_],?$"  # only the last sentence has no end
-WORD = r"[\u3040-\u9fff]|[^\s\u3040-\u9fff]+"  # Chinese and Japanese have no blanks
+HALF = r"(?:[.!?]\s|[。！？]).*[^\W\d_],?$"  # only the last of several sentences has no end
+WORD = r"[\u3040-\u9fff]|[^\s\u3040-\u9fff]+"  # Chinese and Japanese put no blanks between words
 PAIR = r"(?=\b([\w'’-]+ [\w'’-]+))"  # two words without a comma between them
 READS = {  # tokens of a caption, by a model's name in a job file
     r"(?i)sdxl|sd_?xl|sd_?1|v1-5|pony|illustrious|noob": 75,  # CLIP's 77 with its two marks
@@ -2980,10 +2972,10 @@ READS = {  # tokens of a caption, by a model's name in a job file
 }
 GREENEST = 0.64  # between sRGB's green (0.60) and that of Display P3 (0.67), Adobe RGB (0.70)
 MANY = 0.2  # of the captions
-SMALL_WORDS = (  # they say nothing about what a set has in common
+SMALL_WORDS = (  # they do not tell what the captions have in common
     r"\b(?:an?|the|and|or|of|in|on|at|to|with|from|by|for|as|is|are|has|its?|his|her|he|she)\b"
 )
-Faults = Iterator[tuple[str, str]]  # kinds of findings, and details
+Faults = Iterator[tuple[str, str]]  # the kind and the detail of each finding
 
 
 @dataclass(slots=True)
@@ -2993,9 +2985,9 @@ class Sample:
     image: str = ""
     caption: str = ""
     digest: str = ""  # of the image, once it was read
-    text: str = ""  # as it stands on the disk
-    clean: str = ""  # as it should be, without its trigger; blank if it is no caption
-    repair: str = ""  # the whole text as it should be, if it is not
+    text: str = ""  # the caption as it stands on the disk
+    clean: str = ""  # as it should read, without its trigger; blank where it is no caption
+    repair: str = ""  # as it should read, trigger included; blank where it reads so already
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, kind: str, path: str, detail: str = "") -> None:
@@ -3009,7 +3001,7 @@ def count_words(text: str) -> int:
 
 
 def judge_text(sample: Sample, data: bytes, recipe: Recipe) -> Faults:
-    """Yield what is wrong with a caption file. Raises FailImage where that is no caption."""
+    """Yield what is wrong with a caption file. Raises FailImage where it holds no caption."""
     sample.text = data.decode("utf-8", "replace").strip()
     if not data.strip(BLANKS):
         yield "no caption", "the file is blank"
@@ -3019,14 +3011,11 @@ def judge_text(sample: Sample, data: bytes, recipe: Recipe) -> Faults:
         is_utf8 = decode(data, "utf-8") is not None
         yield "damaged letters" if is_utf8 else "not UTF-8", found.why or found.kind
     if found.text:
-        yield from judge_words(sample, found.text.strip(), recipe)
+        yield from judge_caption(sample, found.text.strip(), recipe)
 
 
-def judge_words(sample: Sample, text: str, recipe: Recipe) -> Faults:
-    """Yield what is wrong with a caption's words, by the gate that answers pass.
-
-    Raises FailImage. The trigger counts where ai-toolkit finds it: toolkit/prompt_utils.py.
-    """
+def judge_caption(sample: Sample, text: str, recipe: Recipe) -> Faults:
+    """Yield what is wrong with a caption, by the gate that answers pass. Raises FailImage."""
     lines = text.replace("\n", ", ") if recipe.style == "tags" else text
     whole = judge_reply(Reply(content=lines))  # as prose: tags may have underscores
     opening = find_opening(whole, recipe)
@@ -3037,20 +3026,25 @@ def judge_words(sample: Sample, text: str, recipe: Recipe) -> Faults:
     if syntax := re.search(GENERATOR_SYNTAX, text):
         yield "generator syntax", shorten(syntax[0], 80)
         return
-    start = whole.removesuffix(bare)
-    plain = re.sub(r"[^\S\n]+", " ", text.replace("\u200b", ""))  # Thai has that in words
-    if start + clean != plain:
-        yield "untidy", f"would read: {shorten(start + clean, 80)}"
     sample.clean = re.sub(ESCAPES, lambda found: str(json.loads(f'"{found[0]}"')), clean)
-    if start + sample.clean != plain or text != sample.text:
-        sample.repair = start + sample.clean
-    if lost := re.findall(f"\ufffd|{ESCAPES}", text):
-        yield "damaged letters", shorten(" ".join(lost), 40)
+    repair = whole.removesuffix(bare) + sample.clean
+    plain = re.sub(r"[^\S\n]+", " ", text.replace("\u200b", ""))  # Thai words hold U+200B
+    if repair != plain:
+        yield "untidy", f"would read: {shorten(repair, 80)}"
+    if repair != plain or text != sample.text:
+        sample.repair = repair
+    if "\ufffd" in text:
+        yield "damaged letters", "some were lost in an earlier conversion"
+    yield from judge_words(text, recipe)
+
+
+def judge_words(text: str, recipe: Recipe) -> Faults:
+    """Yield the words that a caption lacks, has against the recipe, or has too many of."""
     word = recipe.trigger_word or recipe.trigger
+    # as ai-toolkit finds it: toolkit/prompt_utils.py; letter case counts
     spelt = rf"\[(?:trigger|name)\]|(?<![a-zA-Z0-9]){re.escape(word)}(?![a-zA-Z0-9])"
     if word and not re.search(spelt, text):
-        other = re.search(f"(?i){spelt}", text)  # trainers do not know that
-        yield "trigger missing", f"{word}, not {other[0]}" if other else word
+        yield "trigger missing", f"{word}, in exactly this spelling"
     if excluded := find_excluded(text, recipe.exclude):
         yield "excluded words", ", ".join(excluded)
     tokens = round(TOKENS_A_WORD * count_words(text))
@@ -3061,7 +3055,7 @@ def judge_words(sample: Sample, text: str, recipe: Recipe) -> Faults:
 
 def judge_image(sample: Sample, data: bytes, _: Recipe) -> Faults:
     """Yield what is wrong with an image. Raises FailImage where it cannot be decoded."""
-    from PIL import Image, ImageCms
+    from PIL import ImageCms
 
     sample.digest = hashlib.sha256(data).hexdigest()
     suffix = os.path.splitext(sample.image)[1].lower()
@@ -3072,46 +3066,41 @@ def judge_image(sample: Sample, data: bytes, _: Recipe) -> Faults:
         image = open_image(BytesIO(data))
         image.draft("RGB", (1, 1))  # a JPEG is decoded small, and to its end all the same
         image.load()
-    holds = (image.format or "").replace("MPO", "JPEG")
-    if Image.registered_extensions()[suffix] != holds:
-        yield "wrong suffix", f"it holds a {holds}"
     # trainers take convert("RGB") of it
     if image.mode.startswith("I"):
         yield "shown otherwise", "16 bits: what is not black is trained white"
     if image.has_transparency_data and image.convert("RGBA").getextrema()[-1] != (255, 255):
         yield "shown otherwise", "transparent in parts: the colours hidden there are trained"
-    with contextlib.suppress(OSError, TypeError):  # no profile, or none of three colours
+    with contextlib.suppress(OSError, TypeError):  # no profile, or not one of three colours
         profile = ImageCms.ImageCmsProfile(BytesIO(image.info.get("icc_profile", b""))).profile
         if profile.green_primary and profile.green_primary[1][1] > GREENEST:
             yield "shown otherwise", "colours beyond sRGB: they are trained paler"
 
 
 def look_at(sample: Sample, recipe: Recipe) -> None:
-    """Add what is wrong with a caption and an image, each alone."""
+    """Add what is wrong with a caption or an image by itself."""
     for path, judge in ((sample.caption, judge_text), (sample.image, judge_image)):
         try:
             for kind, detail in judge(sample, read_file(path), recipe) if path else ():
                 sample.add(kind, path, detail)
         except OSError as error:
             sample.add("unreadable file", path, str(error.strerror))
-        except FailImage as error:  # the advice behind its detail is for a run
+        except FailImage as error:  # the advice at the end of its detail is for a run
             sample.add(error.reason, path, error.detail.rpartition("; ")[0] or error.detail)
 
 
 def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe) -> Iterator[Sample]:
-    """Yield each image with its caption, then the captions without an image."""
-    root, dot_ext = str(settings.caption_dir or image_dir), f".{recipe.caption_ext}"
-    stems = set[str]()
+    """Yield each image with its caption."""
+    root, dot_ext = settings.caption_dir or image_dir, f".{recipe.caption_ext}"
     for item in walk_images(image_dir, settings.caption_dir, recipe.caption_ext):
         path, reason = item[0], item.reason if isinstance(item, Outcome) else ""
-        stem = os.path.splitext(os.path.join(root, name_below(image_dir, path)))[0]
-        stems.add(stem.casefold())
         if reason in {"video", "mask"}:
             continue
         sample = Sample(path if os.path.isfile(path) else "")
         if isinstance(item, Outcome) and item.kind == "failed":
             sample.add(reason, path, item.detail)
         if reason in {"", "shared caption file"}:
+            stem = os.path.splitext(os.path.join(root, name_below(image_dir, path)))[0]
             beside = [stem + ext for ext in (dot_ext, *CAPTION_SUFFIXES)]
             sample.caption = next(filter(os.path.exists, beside), "")
             if not sample.caption:
@@ -3119,15 +3108,10 @@ def collect_samples(settings: Settings, image_dir: Path, recipe: Recipe) -> Iter
             elif sample.caption != beside[0]:
                 sample.add("another extension", sample.caption, f"{dot_ext} is read")
         yield sample
-    for _, path in walk_texts([Path(root)], (dot_ext.lower(),)):
-        stem = os.path.splitext(path)[0].casefold()
-        is_caption = path.endswith(dot_ext) and os.path.basename(stem) not in OTHER_TEXTS
-        if is_caption and stem not in stems:
-            yield Sample(caption=path, findings=[Finding("caption without an image", path)])
 
 
 def judge_set(samples: Sequence[Sample]) -> None:
-    """Add what only a look at the whole set shows."""
+    """Add what is wrong with a sample when it is compared with the others."""
     first: dict[tuple[str, str], str] = {}
     for sample in samples:
         for kind, content, path in (
@@ -3139,18 +3123,20 @@ def judge_set(samples: Sequence[Sample]) -> None:
     captioned = [sample for sample in samples if sample.clean]
     lengths = sorted(count_words(sample.clean) for sample in captioned)
     middle = lengths[len(lengths) // 2] if lengths else 0
-    half = sum(bool(re.search(HALF, sample.clean)) for sample in captioned)
-    # where nearly all captions end in a full stop, one without it was cut off
-    cut = f"{DANGLING}|{HALF}" if half <= MANY * len(captioned) else DANGLING
     for sample in captioned:
         if count_words(sample.clean) * 5 < middle:
-            sample.add("very short", sample.caption, f"the middle one has {middle} words")
-        if re.search(cut, sample.clean):
-            sample.add("cut off", sample.caption, f"…{sample.clean[-40:]}")
+            sample.add(
+                "very short", sample.caption, f"half of the captions have {middle} words or more"
+            )
+    halves = [sample for sample in captioned if re.search(HALF, sample.clean)]
+    # other tools cut sentences in two: https://github.com/MNeMoNiCuZ/joy-caption-batch/issues/12
+    # where most captions end with a stop, one without was cut
+    for sample in halves if len(halves) <= MANY * len(captioned) else ():
+        sample.add("cut off", sample.caption, f"…{sample.clean[-40:]}")
 
 
 def review_set(settings: Settings, image_dir: Path, recipe: Recipe) -> list[Sample]:
-    """Return what a set holds, and what is wrong with it."""
+    """Return the samples of a set with what is wrong with them."""
     from concurrent.futures import ThreadPoolExecutor
 
     load_pillow()
@@ -3187,24 +3173,22 @@ def describe_verdict(findings: Sequence[Finding]) -> str:
     """Return the findings in one sentence."""
     if not findings:
         return "Nothing wrong found."
-    counts = Counter[int]()
-    for _, number, gravity, _ in list_kinds(findings):
-        counts[gravity] += number
-    said = [f"{number:,} {GRAVITIES[gravity][number > 1]}" for gravity, number in counts.items()]
+    counts = Counter(FINDINGS.get(finding.kind, OTHER_FINDING)[0] for finding in findings)
+    said = [
+        f"{number:,} {GRAVITIES[gravity][number > 1]}" for gravity, number in sorted(counts.items())
+    ]
     return f"{len(findings):,} finding{'s' * (len(findings) > 1)}: {', '.join(said)}."
 
 
 def describe_findings(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield the findings as lines, by gravity and kind."""
-    before = -1
-    for kind, number, gravity, advice in list_kinds(findings):
-        if gravity > before:
-            yield f"{GRAVITIES[gravity][0].capitalize()}:"
-        before = gravity
-        yield f"  {kind} ({number:,}): {advice}."
-        for finding in findings:
-            if finding.kind == kind:
-                yield f"    {finding.path}: {finding.detail}".rstrip(": ")
+    for gravity, kinds in itertools.groupby(list_kinds(findings), lambda row: row[2]):
+        yield f"{GRAVITIES[gravity][0].capitalize()}:"
+        for kind, number, _, advice in kinds:
+            yield f"  {kind} ({number:,}): {advice}."
+            for finding in findings:
+                if finding.kind == kind:
+                    yield f"    {finding.path}: {finding.detail}".rstrip(": ")
 
 
 PAGE_MARK = b"<!doctype html><!-- gen-captions --review -->"  # only pages of ours are replaced
@@ -3245,8 +3229,7 @@ li div { padding: .5rem .9rem } [dir] { white-space: pre-wrap }
 .finding { padding: .2rem .5rem; border-left: 3px solid var(--tint); background: var(--line) }
 </style>
 <header><small id="title"></small><h1 id="verdict"></h1></header>
-<main><noscript>This page needs JavaScript.</noscript>
-<details id="found"><summary>Findings</summary><p id="legend"></p>
+<main><details id="found"><summary>Findings</summary><p id="legend"></p>
 <div id="kinds" class="chips"></div><p id="advice" role="status"></p></details>
 <div class="two"><section><h2>Words in a caption</h2>
 <div id="bars" role="img" aria-labelledby="axis"></div><small id="axis"></small></section>
@@ -3277,16 +3260,15 @@ function draw([title, href, text, repair, findings]) {
   if (text) body.append(fold(text))
   if (repair) body.append(make("small", {}, "Repaired:"), fold(repair))
   for (const [kind, detail] of findings) {
-    const [name, , gravity, advice] = kinds[kind]
-    body.append(make("p", { className: "finding g" + gravity, title: advice },
-      make("b", {}, signs[gravity] + " " + name), detail && ": " + detail))
+    const gravity = kinds[kind][1], name = make("b", {}, signs[gravity] + " " + kind)
+    body.append(make("p", { className: "finding g" + gravity }, name, detail && ": " + detail))
   }
   if (!href) return make("li", {}, body)
   const image = make("img", { src: href, alt: "Open " + title, loading: "lazy" })
   image.onerror = () => image.replaceWith("This browser cannot show it.")
   return make("li", {}, make("a", { href, target: "_blank" }, image), body)
 }
-const rank = ([, , , , findings]) => Math.min(...findings.map(([kind]) => kind), kinds.length)
+const rank = ([, , , , findings]) => Math.min(...findings.map(([kind]) => kinds[kind][1]), 3)
 function show() {
   const sought = get("search").value.toLowerCase()
   shown = samples.filter(([title, , text, , findings]) =>
@@ -3303,15 +3285,15 @@ document.title = "Review of " + (get("title").textContent = data.title)
 get("verdict").textContent = data.verdict
 data.gravities.forEach((said, n) => get("legend").append(
   make("b", { className: "g" + n }, `${signs[n]} ${said} \\u2003`)))
-kinds.forEach(([name, number, gravity], kind) => {
-  const button = chip(`${signs[gravity]} ${name}`, number, () => {
+for (const [kind, [number, gravity]] of Object.entries(kinds)) {
+  const button = chip(`${signs[gravity]} ${kind}`, number, () => {
     button.ariaPressed = !chosen.delete(kind) && !!chosen.add(kind)
-    get("advice").textContent = [...chosen].map(n => `${kinds[n][0]}: ${kinds[n][3]}.`).join(" ")
+    get("advice").textContent = [...chosen].map(each => `${each}: ${kinds[each][2]}.`).join(" ")
     show()
   })
   Object.assign(button, { ariaPressed: false, className: "g" + gravity })
   get("kinds").append(button)
-})
+}
 for (const [phrase, share] of data.phrases) get("phrases").append(chip(phrase, share, () => {
   get("search").value = phrase
   show()
@@ -3335,22 +3317,20 @@ show()
 
 
 def build_page(title: str, samples: Sequence[Sample], folder: str) -> bytes:
-    """Return the page of a set, as it is to lie in a folder."""
+    """Return the page of a set, with links that work in a folder."""
     findings = [finding for sample in samples for finding in sample.findings]
-    kinds = list_kinds(findings)
-    numbers = {kind: number for number, (kind, *_) in enumerate(kinds)}
     rows = []
     for sample in samples:
-        path = sample.image or sample.caption or sample.findings[0].path
+        path = sample.image or sample.findings[0].path
         name = os.path.relpath(path, folder).replace(os.sep, "/")
         href = quote(os.fsencode(name)) if sample.digest else ""
-        found = [(numbers[kind], printable(detail)) for kind, _, detail in sample.findings]
+        found = [(kind, printable(detail)) for kind, _, detail in sample.findings]
         rows.append((printable(name), href, sample.text, sample.repair, found))
     data = {
         "title": title,
         "verdict": describe_verdict(findings),
         "gravities": [one for one, _ in GRAVITIES],
-        "kinds": kinds,
+        "kinds": {kind: rest for kind, *rest in list_kinds(findings)},
         "lengths": sorted(count_words(sample.text) for sample in samples if sample.text),
         "phrases": find_phrases([sample.clean for sample in samples if sample.clean]),
         "samples": rows,

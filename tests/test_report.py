@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -76,6 +75,7 @@ UPDATE = "made with another prompt; --overwrite updates"
     ("outcomes", "fields", "lines"),
     [
         ([SKIPPED] * 26, {}, ["Nothing to do: all 26 images have captions."]),
+        ([SKIPPED], {}, ["Nothing to do: 1 skipped (has a caption)."]),
         ([SKIPPED, MASK], {}, ["Nothing to do: 2 skipped (1 has a caption, 1 mask)."]),
         (
             [WRITTEN, FAILED, REFUSED, REFUSED],
@@ -147,7 +147,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         with gc.show_progress(4000, "image", report()) as update:
             update()
     (said,) = caplog.messages
-    assert re.fullmatch(r"1 of 4,?000 images, [\d.]+ a second", said)
+    assert said == "1 of 4000 images"
 
 
 # ------------------------------------------------------------------------------ the report file
