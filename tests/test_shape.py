@@ -27,7 +27,7 @@ SIZES = {
 }
 FINAL = {"bytes": 210_000, "nodes": 38_000, "lines": 4_500, "functions": 300}
 # on the way there: what it was when it was last made shorter; to be FINAL in the end
-LIMITS = {"bytes": 221_500, "nodes": 38_000, "lines": 4_850, "functions": 300}
+LIMITS = {"bytes": 212_000, "nodes": 35_000, "lines": 4_625, "functions": 280}
 
 
 def sections() -> dict[str, range]:
