@@ -90,6 +90,8 @@ if TYPE_CHECKING:  # imported where they are needed: --help and usage errors mus
     from PIL import Image, ImageFile
     from tenacity import AsyncRetrying, RetryCallState
 
+    Clients = tuple[AsyncOpenAI, AsyncClient]  # the SDK's, and the HTTP client below it
+
 __version__ = "0.2.0"
 
 log = logging.getLogger("gen-captions")
@@ -247,15 +249,9 @@ class Settings:
     )
     max_side: int = row("GETCAP_MAX_SIDE", "longest side in pixels", number(32, 8192), 1024)
     max_tokens: int = row("GETCAP_MAX_TOKENS", "longest answer in tokens", number(1, 10**5), 300)
-    reasoning_effort: str | None = row(
-        "GETCAP_REASONING_EFFORT", "reasoning, paid like an answer; else none", A_TEXT
-    )
-    temperature: float | None = row(
-        "GETCAP_TEMPERATURE", "randomness; else the model's own", number(0.0, 2)
-    )
-    extra_body: dict[str, Any] | None = row(
-        "GETCAP_EXTRA_BODY", "JSON object that each request carries too", AN_OBJECT
-    )
+    reasoning_effort: str | None = row("GETCAP_REASONING_EFFORT", "reasoning; else none", A_TEXT)
+    temperature: float | None = row("GETCAP_TEMPERATURE", "else the model's own", number(0.0, 2))
+    extra_body: dict[str, Any] | None = row("GETCAP_EXTRA_BODY", "JSON for each request", AN_OBJECT)
 
     max_cost: float | None = row("GETCAP_MAX_COST", "most dollars of a run", number(1e-4, 1e6))
     price: str | None = row("GETCAP_PRICE", "dollars for a million tokens in and out", A_PRICE)
@@ -263,9 +259,7 @@ class Settings:
         "GETCAP_SERVICE_TIER", "flex: half price, slower", one_of("default", "flex")
     )
 
-    thread_pool: int = row(
-        "GETCAP_THREAD_POOL", "concurrent workers; 10, or 2 on this machine", number(1, 1000)
-    )
+    thread_pool: int = row("GETCAP_THREAD_POOL", "workers; 10, 2 on this machine", number(1, 1000))
     throttle_submission_rate: float | None = row(
         "GETCAP_THROTTLE_SUBMISSION_RATE", "most requests a second", number(1e-3, 1e4)
     )
@@ -273,9 +267,7 @@ class Settings:
     throttle_backoff_factor: float = row(
         "GETCAP_THROTTLE_BACKOFF_FACTOR", "base of exponential backoff", number(1e-3, 60), 2.0
     )
-    timeout: float = row(
-        "GETCAP_TIMEOUT", "seconds to wait for an answer; 120, or 900 if slow", number(1e-3, 1e5)
-    )
+    timeout: float = row("GETCAP_TIMEOUT", "seconds for an answer; 120, or 900", number(1e-3, 1e5))
 
     batch: bool = row("", "OpenAI's Batch API: half price, within a day", None, False)
     batch_export: Path | None = row("", "write batch files there, and stop", A_FOLDER)
@@ -449,11 +441,6 @@ def is_this_machine(url: str) -> bool:
     return bool(re.fullmatch(r"127\.[\d.]+|(?:.*\.)?localhost|::1|0\.0\.0\.0", host))
 
 
-def is_openai(url: str) -> bool:
-    """Return whether the server is OpenAI's own."""
-    return f".{urlsplit(url).hostname}".endswith(".api.openai.com")
-
-
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file, without its BOM. Raises SettingsError."""
     try:
@@ -507,10 +494,6 @@ class Entry:
     image_sha256: str = ""
     caption_sha256: str = ""  # of the file that was written
     answer: str = ""  # past the gate, before cut and trigger: another trigger costs nothing
-    model: str = ""
-    usd: float = 0.0  # 0 where the price is not known
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
 
 
 class Finding(NamedTuple):
@@ -522,7 +505,7 @@ class Finding(NamedTuple):
 
 
 class Job(NamedTuple):
-    """An image that needs a caption. Paths are text: 100,000 of them are light."""
+    """An image and where its caption goes. Paths are text: 100,000 of them are light."""
 
     image: str
     caption: str
@@ -721,6 +704,7 @@ class Journal:
         self._root = str(root)
         self.folder = os.path.join(root, STATE_FOLDER)
         self.path = os.path.join(self.folder, "journal.jsonl")
+        self.batch_folder = os.path.join(self.folder, "batch")  # of the parts that wait
         self._kept = kept
         self._kept_folder = ""
         self._handle = -1
@@ -743,17 +727,13 @@ class Journal:
         """Return how many captions of ours another prompt or trigger made, by which."""
         made: dict[str, tuple[str, str]] = {}  # not `history`: 100,000 answers are heavy
         for file, entry in self._entries():
-            if entry.outcome != "captioned":
-                continue
-            which = "" if entry.recipe == recipe.identity else "another prompt"
-            if entry.trigger != recipe.trigger:
-                which = f"trigger {entry.trigger or 'none'} (now {recipe.trigger or 'none'})"
-            made[file] = which, entry.caption_sha256
-        return Counter(
-            which
-            for file, (which, digest) in made.items()
-            if which and is_file_with(os.path.join(self._root, file), digest)
-        )
+            if entry.outcome == "captioned":
+                which = "" if entry.recipe == recipe.identity else "another prompt"
+                if entry.trigger != recipe.trigger:
+                    which = f"trigger {entry.trigger or 'none'} (now {recipe.trigger or 'none'})"
+                made[os.path.join(self._root, file)] = which, entry.caption_sha256
+        outdated = {path: found for path, found in made.items() if found[0]}
+        return Counter(which for path, (which, sha) in outdated.items() if is_file_with(path, sha))
 
     def open(self) -> None:
         """Get ready to write. Raises StopRun where another run writes, or nobody can."""
@@ -837,7 +817,7 @@ class Journal:
 
     def _entries(self) -> Iterator[tuple[str, Entry]]:
         try:
-            with open(self.path, "rb") as lines:
+            with open(os.open(self.path, READ_ONLY), "rb") as lines:
                 yield from filter(None, map(parse_entry, lines))
         except FileNotFoundError:
             return
@@ -855,36 +835,16 @@ KINDS = {  # of files, by how their names end; the first that fits counts
 }
 
 
-class Pair(NamedTuple):
-    """An image, the place of its caption, and whether anything but blanks stands there."""
-
-    image: str
-    caption: str
-    has_caption: bool
-
-
-def kind_of(name: str) -> str:
-    """Return the kind of a file by its name, blank for what is not worth a word."""
-    for kind, endings in KINDS.items():
-        if name.lower().endswith(endings):
-            return kind
-    return ""
-
-
 def caption_key(image: str) -> str:
-    """Return what is the same for two images of a folder that would share a caption file.
-
-    Names are compared without letter case (Windows, macOS) and in NFC (macOS decomposes them).
-    """
+    """Return what is the same for two images of a folder that would share a caption file."""
+    # Windows and macOS pass over letter case, and macOS decomposes names
     return unicodedata.normalize("NFC", os.path.splitext(image)[0]).casefold()
 
 
-def walk_folders(root: str, trouble: list[OSError]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder once, links followed, with its visible files, sorted.
-
-    `trouble` gets the errors of folders that cannot be read.
-    """
-    seen = set[str]()
+def walk_folders(
+    root: str, trouble: list[OSError], seen: set[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder that is not in `seen`, links followed, with its visible files, sorted."""
     for folder, folders, names in os.walk(root, onerror=trouble.append, followlinks=True):
         place = os.path.realpath(folder)
         if place in seen:
@@ -898,14 +858,15 @@ def walk_folders(root: str, trouble: list[OSError]) -> Iterator[tuple[str, list[
         yield folder, sorted(name for name in names if name[0] != ".")
 
 
-def walk_images(image_dir: Path, caption_dir: Path | None, ext: str) -> Iterator[Pair | Outcome]:
+def walk_images(image_dir: Path, caption_dir: Path | None, ext: str) -> Iterator[Job | Outcome]:
     """Yield each image below a folder, sorted, or why it gets no caption."""
     root, trouble = str(image_dir), list[OSError]()
-    for folder, names in walk_folders(root, trouble):
+    for folder, names in walk_folders(root, trouble, set()):
         target = os.path.join(caption_dir or root, name_below(root, os.path.join(folder, "")))
         images: list[str] = []
         for name in names:
-            kind = kind_of(name)
+            fitting = (kind for kind, ends in KINDS.items() if name.lower().endswith(ends))
+            kind = next(fitting, "")
             if kind == "image":
                 images.append(name)
             elif kind:
@@ -918,33 +879,29 @@ def walk_images(image_dir: Path, caption_dir: Path | None, ext: str) -> Iterator
             if caption_key(name) in shared:
                 said = f"another image would use {caption} too; rename one of them"
                 yield Outcome(path, "failed", "shared caption file", said)
-                continue
-            try:
-                yield Pair(path, caption, has_caption(caption))
-            except OSError as error:
-                said = f"{caption}: {error.strerror}"
-                yield Outcome(path, "failed", "unreadable caption", said)
+            else:
+                yield Job(path, caption)
     for problem in trouble:
         said = f"{problem.strerror}; check its permissions"
         yield Outcome(str(problem.filename), "failed", "unreadable folder", said)
 
 
-def find_known(pair: Pair, journal: Journal, recipe: Recipe) -> list[Entry]:
+def find_known(job: Job, journal: Journal, recipe: Recipe) -> list[Entry]:
     """Return the entries for this very image and this recipe, oldest first."""
-    past = [entry for entry in journal.past(pair.caption) if entry.recipe == recipe.identity]
-    return [entry for entry in past if is_file_with(pair.image, entry.image_sha256)]
+    past = [entry for entry in journal.past(job.caption) if entry.recipe == recipe.identity]
+    return [entry for entry in past if is_file_with(job.image, entry.image_sha256)]
 
 
-def judge_caption_file(pair: Pair, journal: Journal, recipe: Recipe) -> Job | Outcome:
+def judge_caption_file(job: Job, journal: Journal, recipe: Recipe) -> Job | Outcome:
     """Decide with --overwrite what to do about an image that has a caption."""
-    image, caption, _ = pair
+    image, caption = job.image, job.caption
     past = [entry for entry in journal.past(caption) if entry.outcome == "captioned"]
     ours = (entry for entry in reversed(past) if is_file_with(caption, entry.caption_sha256))
     entry = next(ours, None)
     if entry is None:
         why = "changed by you" if past else "not made by gen-captions"
         return Outcome(image, "skipped", why, caption=caption)
-    known = find_known(pair, journal, recipe)
+    known = find_known(job, journal, recipe)
     is_current = entry in known
     if is_current and entry.trigger == recipe.trigger:
         return Outcome(image, "skipped", "up to date", caption=caption)
@@ -956,14 +913,18 @@ def judge_caption_file(pair: Pair, journal: Journal, recipe: Recipe) -> Job | Ou
     return Job(image, caption, entry, answered.answer if answered else "")
 
 
-def judge_pair(pair: Pair, journal: Journal, recipe: Recipe, *, overwrite: bool) -> Job | Outcome:
+def judge_job(job: Job, journal: Journal, recipe: Recipe, *, overwrite: bool) -> Job | Outcome:
     """Decide what to do about an image, by its caption and the journal."""
-    image, caption, is_there = pair
+    image, caption = job.image, job.caption
+    try:
+        is_there = has_caption(caption)
+    except OSError as error:
+        return Outcome(image, "failed", "unreadable caption", f"{caption}: {error.strerror}")
     if is_there and overwrite:
-        return judge_caption_file(pair, journal, recipe)
+        return judge_caption_file(job, journal, recipe)
     if is_there:
         return Outcome(image, "skipped", "has a caption", caption=caption)
-    last = {entry.outcome: entry for entry in find_known(pair, journal, recipe)}
+    last = {entry.outcome: entry for entry in find_known(job, journal, recipe)}
     if "refused" in last:
         said = "with these settings; caption it by hand, or change model or prompt"
         return Outcome(image, "failed", "refused before", said)
@@ -1159,9 +1120,7 @@ def find_unread(settings: Settings, ext: str, matching: Sequence[Dataset]) -> It
             said = "the trainer looks beside the images; leave --caption-dir out"
             yield Finding("captions elsewhere", item.file, said)
         if item.caption_ext == "json":
-            said = (
-                "the trainer takes the whole text of each .json file, which is not looked at here"
-            )
+            said = "the trainer takes each .json file whole; this tool does not look at those"
             yield Finding("captions in JSON", item.file, said)
         elif item.caption_ext != ext:
             said = f"the trainer reads captions that end in {item.caption_ext}"
@@ -1306,17 +1265,12 @@ def fit(size: Size, max_side: int) -> Size:
     return width, height
 
 
-@name_damage()
-def measure_image(file: IO[bytes], max_side: int) -> Size:
-    """Return about the size that an image will be sent in. Raises FailImage."""
-    return fit(open_image(file).size, max_side)
-
-
 def is_ready(image: ImageFile.ImageFile, data: bytes, max_side: int) -> bool:
     """Return whether a file is an upright RGB JPEG that fits and is not cut short."""
     is_plain = (image.format, image.mode, read_orientation(image)) == ("JPEG", "RGB", 1)
-    end = data[-1024:]  # phones write more behind the end mark
-    return is_plain and fit(image.size, max_side) == image.size and b"\xff\xd9" in end
+    # phones write more behind the end mark, and thumbnails with one of their own before the pixels
+    start = max(image.fp.tell() if image.fp else 0, len(data) - 1024)
+    return is_plain and fit(image.size, max_side) == image.size and b"\xff\xd9" in data[start:]
 
 
 @name_damage()
@@ -1345,8 +1299,7 @@ def prepare_image(data: bytes, max_side: int) -> tuple[bytes, Size]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the image as trainers see it: transparent pixels in their hidden colour."""
-    # of 16 bits the high byte; Pillow would make 255 of all that is larger
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I"):  # 16 bits: Pillow would make 255 of all that is larger
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -1450,7 +1403,7 @@ def first_parameters(settings: Settings) -> Parameters:
     # else each image is written to a prompt cache, which costs more and which nobody reads:
     # https://developers.openai.com/api/docs/guides/prompt-caching
     is_new = re.match(r"gpt-(?:5\.[6-9]|[6-9]|\d\d)", settings.model)
-    has_cache = is_new and is_openai(settings.base_url)
+    has_cache = is_new and f".{settings.host}".endswith(".api.openai.com")
     parameters: Parameters = {
         NEWER_LIMIT: settings.max_tokens,
         "reasoning_effort": settings.reasoning_effort or "none",
@@ -1464,7 +1417,6 @@ def first_parameters(settings: Settings) -> Parameters:
 
 def other_parameters(settings: Settings, sent: Parameters) -> list[Parameters]:
     """Return what to send instead, in turn, when a server rejects these parameters."""
-    # our own defaults go first, then the token limit gets its other name; what the user set stays
     ours = OUR_DEFAULTS - set(settings.extra_body or {})
     if settings.reasoning_effort:
         ours.discard("reasoning_effort")
@@ -1559,7 +1511,6 @@ def parse_reply(
     answer = read_answer(body)
     if answer and not named and 200 <= status < 300:
         return answer
-    # rules look at the first 4,000 characters
     raw, usage = text[:4000], read_usage(dig(body, "usage"))
     words = describe_error(raw)
     # a gateway may give up while the model goes on, and is billed
@@ -2051,14 +2002,11 @@ class Stop:
 
 
 class Bucket:
-    """How many requests or tokens a server still takes: as it said, less what was sent since.
-
-    It fills steadily. Until the server names a limit, there is none.
-    """
+    """How many requests or tokens a server still takes: as it said, less what was sent since."""
 
     def __init__(self) -> None:
         self.taken = 0.0  # by all requests so far
-        self._most = self._level = self._rate = math.inf
+        self._most = self._level = self._rate = math.inf  # until the server names a limit
         self._at = 0.0
 
     def wait_s(self, cost: float, now: float) -> float:
@@ -2146,10 +2094,8 @@ class Throttle:
             self._slow_down(ticket, reply.retry_after_s)
 
     def _slow_down(self, ticket: Ticket, retry_after_s: float) -> None:
-        """Pause all workers at the second 429 in a row; the first slows its own request.
-
-        What was sent before the first one came met the same limit.
-        """
+        """Pause all workers at the second 429 in a row; the first slows its own request."""
+        # what was sent before the first one came met the same limit
         if ticket.sent_at >= self._first_429_at:
             self._not_before = max(self._not_before, self._now() + retry_after_s)
             if self._good:
@@ -2166,8 +2112,7 @@ class Throttle:
         )
         if wait_s > LONG_WAIT_S and now > self._said_until:
             self._said_until = now + wait_s
-            said = "The limits leave no room for %.0f s. Waiting; Ctrl-C loses nothing."
-            log.warning(said, wait_s)
+            log.warning("The limits leave no room for %.0f s; Ctrl-C loses nothing.", wait_s)
         return wait_s
 
 
@@ -2178,15 +2123,8 @@ SAME_ERRORS = 3  # of a server that has not answered yet: such errors do not pas
 LONGEST_BACKOFF_S = 30.0
 
 
-class Connection(NamedTuple):
-    """The SDK's client, and the HTTP client below it."""
-
-    sdk: AsyncOpenAI
-    http: AsyncClient
-
-
-def open_connection(settings: Settings) -> Connection:
-    """Return a way to the server. Raises StopRun where HTTPS_PROXY or the like is wrong."""
+def open_clients(settings: Settings) -> Clients:
+    """Return the SDK's client, and the HTTP client below it. Raises StopRun for a bad proxy."""
     from openai import AsyncOpenAI, DefaultAioHttpClient, Timeout
 
     # requests leave no cycles behind; looking for some took a tenth of all CPU time
@@ -2203,10 +2141,10 @@ def open_connection(settings: Settings) -> Connection:
             timeout=timeout,
             http_client=http,
         )
-        return Connection(sdk, http)
     except Exception as error:  # each library under the SDK has its own
         said = "no connection can be set up; check HTTPS_PROXY and SSL_CERT_FILE"
         raise StopRun(f"{said}: {shorten(str(error), 120)}") from error
+    return sdk, http
 
 
 def hide_key(reply: Reply, settings: Settings) -> Reply:
@@ -2239,7 +2177,7 @@ def describe_failure(error: Exception, settings: Settings) -> Reply:
     cause = error.__cause__ or error if isinstance(error, openai.APIConnectionError) else error
     # an address or header that cannot be sent is a ValueError or TypeError
     is_unsent = isinstance(cause, ValueError | TypeError)
-    if not is_unsent and not isinstance(cause, httpx2.TransportError | aiohttp.ClientError):
+    if not is_unsent and not isinstance(cause, httpx2.RequestError | aiohttp.ClientError):
         raise error
     unreached = aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
     is_free = is_unsent or isinstance(cause.__cause__, unreached)
@@ -2250,10 +2188,7 @@ def describe_failure(error: Exception, settings: Settings) -> Reply:
 
 
 def keep_trying(settings: Settings, stop: Stop, throttle: Throttle) -> AsyncRetrying:
-    """Return the layer of retries, for a function that takes a Question.
-
-    The waits of an image grow only while no image gets an answer.
-    """
+    """Return the layer of retries, for a function that takes a Question."""
     import tenacity
 
     factor, retries = settings.throttle_backoff_factor, settings.throttle_retries
@@ -2264,6 +2199,7 @@ def keep_trying(settings: Settings, stop: Stop, throttle: Throttle) -> AsyncRetr
 
     def wait(state: RetryCallState) -> float:
         error: Any = state.outcome and state.outcome.exception()
+        # grows only while no image gets an answer
         step = min(state.attempt_number, throttle.failures or 1)
         backoff_s = min(LONGEST_BACKOFF_S, factor / 2 * max(1.0, factor) ** (step - 1))
         return max(float(error.retry_after_s), backoff_s + spread(state))
@@ -2297,20 +2233,16 @@ class Question:
 
 
 class Asker:
-    """Asks for captions, for all workers: what one answer teaches counts for all.
-
-    `has_answered` says that key, model and address are right; `is_settled`, that the parameters
-    are.
-    """
+    """Asks for captions, for all workers: what one answer teaches counts for all."""
 
     def __init__(
-        self, connection: Connection, settings: Settings, recipe: Recipe, bill: Bill, stop: Stop
+        self, clients: Clients, settings: Settings, recipe: Recipe, bill: Bill, stop: Stop
     ) -> None:
+        sdk, self._http = clients
         self._bill = bill
-        self._http = connection.http
         # the SDK's post takes as long for a request as all the rest of a run
         self._url = f"{settings.base_url}/chat/completions"
-        headers = connection.sdk.default_headers | connection.sdk.auth_headers
+        headers = sdk.auth_headers | sdk.default_headers  # OPENAI_CUSTOM_HEADERS counts
         self._headers = {name: text for name, text in headers.items() if isinstance(text, str)}
         self._settings = settings
         self._stop = stop
@@ -2321,7 +2253,8 @@ class Asker:
         self._in_a_row: deque[str] = deque(maxlen=MOST_IN_A_ROW)  # reasons of failures
         self._attempt_often = keep_trying(settings, stop, self._throttle).wraps(self._attempt)
         self.parameters = first_parameters(settings)
-        self.has_answered = self.is_settled = False
+        self.has_answered = False  # then key, model and address are right
+        self.is_settled = False  # then the parameters are, too
 
     async def ask(self, question: Question) -> str:
         """Return the answer, past the gate. Raises FailImage or StopRun."""
@@ -2334,8 +2267,7 @@ class Asker:
             if error.reason != "refused":
                 self._in_a_row.append(error.reason)
             if self._in_a_row.count(error.reason) == MOST_IN_A_ROW:
-                said = f"{MOST_IN_A_ROW} images in a row ended in {error}"
-                raise StopRun(said) from error
+                raise StopRun(f"{MOST_IN_A_ROW} images in a row ended in {error}") from error
             raise
         self._in_a_row.clear()
         return answer
@@ -2354,10 +2286,7 @@ class Asker:
             raise
 
     async def _send_and_adapt(self, question: Question) -> Reply:
-        """Send a question; where our own defaults are rejected, send it without them.
-
-        One such image may be odd itself. With the second, the defaults are dropped for the run.
-        """
+        """Send a question; where our own defaults are rejected, send it without them."""
         first = await self._send(question, self.parameters)
         if self.is_settled or not is_rejected(first):
             self.is_settled |= is_answered(first)
@@ -2366,7 +2295,7 @@ class Asker:
             reply = await self._send(question, parameters)
             if is_rejected(reply):
                 continue
-            if is_answered(reply) and self.has_answered:
+            if is_answered(reply) and self.has_answered:  # the first such image may be odd
                 gone = ", ".join(self.parameters.keys() - parameters)
                 log.warning("The server rejects %s; not sent any more: %s", gone, first.error)
                 self.parameters, self.is_settled = parameters, True
@@ -2457,7 +2386,8 @@ class Report:
             self._failures.append(outcome)
             log.error("%s: %s: %s", outcome.path, outcome.reason, outcome.detail)
         if self.stream:
-            self._write_line(describe_outcome(outcome._replace(notes=notes)))
+            values = outcome._replace(notes=notes)._asdict()
+            self._write_line({"outcome": values.pop("kind"), **values})
 
     @property
     def exit_code(self) -> int:
@@ -2496,8 +2426,8 @@ class Report:
             lines.append(f"{number:,} {captions} made with {which}; --overwrite updates them.")
         lines.append(self._last_line())
         if self.ended_by:
-            is_mended = isinstance(self.ended_by, signal.Signals)
-            run = "Run" if is_mended else "Once that is mended, run"
+            is_interrupted = isinstance(self.ended_by, signal.Signals)
+            run = "Run" if is_interrupted else "Once that is mended, run"
             lines.append(f"Stopped. {run} the same command to continue.")
         return "\n".join(map(printable, lines))
 
@@ -2536,17 +2466,6 @@ class Report:
             self.counts["failed"]["report not written"] += 1
             said = "cannot be written any further: %s; the run goes on"
             log.error(f"--report: {said}", error.strerror)  # noqa: TRY400
-
-
-def describe_outcome(outcome: Outcome) -> dict[str, Any]:
-    """Return an outcome as a line of the report file."""
-    what = "file" if outcome.kind == "repaired" else "image"
-    line: dict[str, Any] = {"outcome": outcome.kind, what: outcome.path}
-    if outcome.caption:
-        line["file"] = outcome.caption
-    if outcome.kind == "captioned":
-        return line | {"caption": outcome.detail, "notes": outcome.notes}
-    return line | {"reason": outcome.reason, "detail": outcome.detail}
 
 
 def open_report(target: str | None) -> contextlib.AbstractContextManager[IO[str] | None]:
@@ -2694,11 +2613,7 @@ class Reading(NamedTuple):
 
 
 def decode_text(data: bytes, encoding: str | None = None, *, letters: bool = True) -> Decoding:
-    """Return what the bytes are.
-
-    `encoding` is for bytes that are not UTF-8 and have no BOM.
-    With `letters`, damaged letters are repaired.
-    """
+    """Return what the bytes are; `encoding` is for those that are not UTF-8 and have no BOM."""
     if data.isascii() and b"\0" not in data:  # most captions, in a tenth of the time
         return Decoding("right", data.decode())
     found = read_bytes(data, encoding)
@@ -2838,11 +2753,7 @@ def walk_texts(roots: Iterable[Path], suffixes: tuple[str, ...]) -> Iterator[tup
     seen = set[str]()
     for root in roots:
         trouble = list[OSError]()
-        for folder, names in walk_folders(str(root), trouble):
-            real = os.path.realpath(folder)
-            if real in seen:  # one root lies in another
-                continue
-            seen.add(real)
+        for folder, names in walk_folders(str(root), trouble, seen):  # one root may lie in another
             for name in names:
                 if name.lower().endswith(suffixes):
                     yield root, os.path.join(folder, name)
@@ -2928,12 +2839,12 @@ GRAVITIES = (  # said of one, and of several
     ("is trained wrong", "are trained wrong"),
     ("is worth a look", "are worth a look"),
 )
-UNREADABLE = ("unreadable file", "unreadable caption", "unreadable folder")
 UNSEEN = ("captions elsewhere", "extension not read")
 FROM_A_MODEL = ("refused", "error text", "reasoning only", "looping", "empty")
 RENEW = "delete it and run again, or write it by hand"
 FINDINGS = {  # gravest first: how grave each is, what it does, what to do about it
-    **dict.fromkeys(UNREADABLE, (STOPS, "check its permissions")),
+    "unreadable file": (STOPS, "check its permissions"),
+    "unreadable folder": (STOPS, "check its permissions"),
     "not an image": (STOPS, "save it anew, or take it out"),
     "damaged image": (STOPS, "its end cannot be decoded; save it anew, or take it out"),
     "not UTF-8": (STOPS, "the training ends when it is read; run --fix-encoding"),
@@ -3125,9 +3036,7 @@ def judge_set(samples: Sequence[Sample]) -> None:
     middle = lengths[len(lengths) // 2] if lengths else 0
     for sample in captioned:
         if count_words(sample.clean) * 5 < middle:
-            sample.add(
-                "very short", sample.caption, f"half of the captions have {middle} words or more"
-            )
+            sample.add("very short", sample.caption, f"half have {middle} words or more")
     halves = [sample for sample in captioned if re.search(HALF, sample.clean)]
     # other tools cut sentences in two: https://github.com/MNeMoNiCuZ/joy-caption-batch/issues/12
     # where most captions end with a stop, one without was cut
@@ -3321,7 +3230,7 @@ def build_page(title: str, samples: Sequence[Sample], folder: str) -> bytes:
     findings = [finding for sample in samples for finding in sample.findings]
     rows = []
     for sample in samples:
-        path = sample.image or sample.findings[0].path
+        path = sample.image or sample.caption or sample.findings[0].path
         name = os.path.relpath(path, folder).replace(os.sep, "/")
         href = quote(os.fsencode(name)) if sample.digest else ""
         found = [(kind, printable(detail)) for kind, _, detail in sample.findings]
@@ -3341,7 +3250,6 @@ def build_page(title: str, samples: Sequence[Sample], folder: str) -> bytes:
 
 
 # -------------------------------------------------------------------------------------- Local model
-
 
 LOCAL_MODELS = {  # the repository at Hugging Face, and the commit
     "small": ("Qwen/Qwen3-VL-2B-Instruct-GGUF", "52d6c8ffea26cc873ac5ad116f8631268d7eb503"),
@@ -3551,7 +3459,7 @@ def plan_run(run: Run, parts: Iterable[Part]) -> Iterator[Job | Outcome]:
             yield found
             continue
         is_empty = False
-        item = judge_pair(found, run.journal, recipe, overwrite=settings.overwrite)
+        item = judge_job(found, run.journal, recipe, overwrite=settings.overwrite)
         why = ""
         if isinstance(item, Job) and run.name(item) in waiting:
             why = "" if settings.batch and not settings.dry_run else "waits in a batch"
@@ -3561,8 +3469,7 @@ def plan_run(run: Run, parts: Iterable[Part]) -> Iterator[Job | Outcome]:
         yield Outcome(found.image, "skipped", why, caption=found.caption) if why else item
     if is_empty:
         looked = f"looked for {', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}"
-        said = f"no images there or below; {looked}"
-        raise SettingsError(f"--image-dir: {run.image_dir}: {said}")
+        raise SettingsError(f"--image-dir: {run.image_dir}: no images there or below; {looked}")
 
 
 def collect_jobs(run: Run, plan: Iterable[Job | Outcome]) -> list[Job]:
@@ -3588,8 +3495,7 @@ def check_writable(jobs: Iterable[Job]) -> None:
         while not os.path.lexists(place):
             place = os.path.dirname(place)
         if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
-            said = f"{place} is no folder to write to"
-            raise StopRun(f"{folder}: cannot save captions there: {said}")
+            raise StopRun(f"{folder}: cannot save captions there: {place} is no folder to write to")
 
 
 def check_key(settings: Settings) -> None:
@@ -3609,12 +3515,6 @@ def check_key(settings: Settings) -> None:
     if os.path.exists(".env.txt") and not os.path.exists(".env"):
         lines.append(".env.txt is there; rename it to .env.")
     raise SettingsError("\n".join([*lines, *describe_local_servers()]))
-
-
-def log_findings(run: Run) -> None:
-    """Say what is worth knowing before anything is sent."""
-    for finding in run.recipe.findings:
-        log.warning("%s: %s", finding.path, finding.detail)
 
 
 @contextlib.contextmanager
@@ -3641,7 +3541,7 @@ def end_on_signals(stop: Stop) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ Caption
 
 NOT_ANSWERED = "not answered"  # in a batch
-BUSY_S = 0.02  # before a thread hands back what it has done
+BUSY_S = 0.02  # before a thread hands back what it has done: that takes as long as an image
 
 
 def read_words(path: str) -> str:
@@ -3670,8 +3570,8 @@ def make_prompt(recipe: Recipe, job: Job) -> str:
 def expect(settings: Settings, recipe: Recipe, job: Job) -> Usage:
     """Return about what an image will take, by its header. Raises FailImage."""
     try:
-        with open(os.open(job.image, READ_ONLY), "rb") as file:
-            size = measure_image(file, settings.max_side)
+        with open(os.open(job.image, READ_ONLY), "rb") as file, name_damage():
+            size = fit(open_image(file).size, settings.max_side)
     except OSError as error:
         raise FailImage("unreadable file", str(error.strerror)) from error
     return estimate(settings, make_prompt(recipe, job), size)
@@ -3689,7 +3589,6 @@ def load_question(run: Run, job: Job, pixels: bool) -> Question:
         recipe=recipe.identity,
         trigger=recipe.trigger,
         image_sha256=hashlib.sha256(data).hexdigest(),
-        model=settings.model,
     )
     question = Question(job, make_prompt(recipe, job), entry)
     if pixels and not job.answer:
@@ -3699,15 +3598,15 @@ def load_question(run: Run, job: Job, pixels: bool) -> Question:
     return question
 
 
-def finish_entry(question: Question, **changes: Any) -> Entry:
-    """Return the journal's entry of an image, with what it cost."""
-    return dataclasses.replace(
-        question.entry,
-        usd=round(question.dollars, 8),
-        prompt_tokens=question.usage.prompt,
-        answer_tokens=question.usage.answer,
-        **changes,
-    )
+def for_people(run: Run, question: Question) -> dict[str, Any]:
+    """Return what the journal says of an image besides, and nobody but people reads."""
+    return {
+        "image": question.job.image,
+        "model": run.settings.model,
+        "usd": round(question.dollars, 8),  # 0 where the price is not known
+        "prompt_tokens": question.usage.prompt,
+        "answer_tokens": question.usage.answer,
+    }
 
 
 def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
@@ -3715,11 +3614,10 @@ def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
     job = question.job
     replaces = job.replaces.caption_sha256 if job.replaces else ""
     text, notes = finish_caption(answer, run.recipe)
-    entry = finish_entry(question, answer=answer)
+    entry = dataclasses.replace(question.entry, answer=answer)
+    data, more = f"{text}\n".encode(), for_people(run, question)
     try:
-        is_written = run.journal.write(
-            job.caption, f"{text}\n".encode(), entry, replaces=replaces, image=job.image
-        )
+        is_written = run.journal.write(job.caption, data, entry, replaces, **more)
     except OSError as error:
         # each answer that is paid for is shown, also those after the first that is not saved
         log.log(logging.ERROR, "%s: not saved; the answer was: %s", job.caption, text)
@@ -3732,39 +3630,39 @@ def keep_caption(run: Run, question: Question, answer: str) -> Outcome:
 
 def keep_failure(run: Run, question: Question, reason: str) -> None:
     """Tell the journal of an image without a caption. Runs in a thread."""
-    entry = finish_entry(question, outcome="refused" if reason == "refused" else "failed")
+    outcome = "refused" if reason == "refused" else "failed"
+    entry, more = dataclasses.replace(question.entry, outcome=outcome), for_people(run, question)
     with contextlib.suppress(OSError):  # then it is asked again next time
-        run.journal.append(question.job.caption, entry, image=question.job.image, reason=reason)
+        run.journal.append(question.job.caption, entry, reason=reason, **more)
 
 
 class Threads:
-    """Does blocking work in a few threads.
-
-    A hand-over between threads takes as long as a small image. So a thread does
-    what waits, for a moment, and hands back all results at once.
-    """
+    """Does blocking work in a few threads, which hand back all results of a moment at once."""
 
     def __init__(self, number: int) -> None:
         self._number = number
         self._waiting: deque[tuple[asyncio.Future[Any], Callable[[], Any]]] = deque()
         self._tasks = set[Any]()  # one for each thread at work
 
-    async def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what a function returns, or raise what it raises."""
+    def do(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        """Return what a function will return, or raise."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((future, functools.partial(function, *arguments)))
         if len(self._tasks) < self._number:
             self._tasks.add(asyncio.create_task(self._keep_busy()))
-        return await future
+        return future
 
     async def _keep_busy(self) -> None:
         """Keep one thread busy while any work waits."""
         from aiofiles.os import wrap
 
         while self._waiting:
-            for future, settle, result in await wrap(self._work)():
+            done = await wrap(self._work)()
+            while done:
+                future, settle, result = done.pop(0)
                 if not future.cancelled():
                     settle(result)
+                del future, settle, result  # an error holds this frame, and its image: no cycle
         self._tasks.discard(asyncio.current_task())
 
     def _work(self) -> list[tuple[asyncio.Future[Any], Callable[[Any], None], Any]]:
@@ -3778,14 +3676,12 @@ class Threads:
                     done.append((future, future.set_result, function()))
                 except Exception as error:
                     done.append((future, future.set_exception, error))
+                del future, function
         return done
 
 
 class Captioner:
-    """Takes one image from file to caption: load, ask, keep.
-
-    Without an asker it only loads; without `pixels` nothing is to be sent.
-    """
+    """Takes one image from file to caption: load, ask, keep. Without `pixels` none is sent."""
 
     def __init__(
         self, run: Run, asker: Asker | Answers | None = None, *, pixels: bool = True
@@ -3794,8 +3690,7 @@ class Captioner:
         self._run = run
         self._asker = asker
         self._pixels = pixels
-        # threads wait for each other now and then, so there is one more than
-        # processors; with still more, only memory would grow
+        # one more than processors, as threads wait for each other; still more only take memory
         self._decoders = Threads(count_processors() + 1)
         self._writer = Threads(1)
 
@@ -3805,7 +3700,7 @@ class Captioner:
         return question
 
     async def caption(self, job: Job) -> Outcome:
-        """Caption one image. Raises FailImage or StopRun, which the journal has then."""
+        """Caption one image. Raises FailImage or StopRun."""
         run = self._run
         question = await self.load(job)
         try:
@@ -3845,11 +3740,8 @@ async def handle_all(
     handle: Callable[[Job], Awaitable[Outcome | None]],
     workers: int,
 ) -> None:
-    """Handle each job in a worker; here alone exceptions become outcomes.
-
-    The workers share the iterator, so a job is made when one is free.
-    """
-    queue = iter(jobs)
+    """Handle each job in a worker; here alone exceptions become outcomes."""
+    queue = iter(jobs)  # shared, so that a job is made when a worker is free
 
     async def work() -> None:
         for job in queue:
@@ -3886,10 +3778,10 @@ async def ask_first(run: Run, asker: Asker, jobs: Iterator[Job]) -> None:
 
 async def caption_images(run: Run, jobs: list[Job]) -> None:
     """Caption images one by one. When our own engine ends, the run ends."""
-    queue, connection = iter(jobs), open_connection(run.settings)
-    async with connection.sdk:
+    queue, clients = iter(jobs), open_clients(run.settings)
+    async with clients[0]:
         watch = asyncio.create_task(end_with(run.engine, run.stop)) if run.engine else None
-        asker = Asker(connection, run.settings, run.recipe, run.bill, run.stop)
+        asker = Asker(clients, run.settings, run.recipe, run.bill, run.stop)
         await ask_first(run, asker, queue)
         await handle_all(run, queue, Captioner(run, asker).caption, run.settings.thread_pool)
         if watch:
@@ -3948,15 +3840,10 @@ class Part:
         write_whole(self.path, json.dumps(dataclasses.asdict(self)).encode())
 
 
-def batch_folder(journal: Journal) -> str:
-    """Return the folder of the parts that wait."""
-    return os.path.join(journal.folder, "batch")
-
-
 def load_parts(journal: Journal) -> list[Part]:
     """Return the parts that wait, oldest first. Raises SettingsError."""
     parts = []
-    for path in sorted(map(str, Path(batch_folder(journal)).glob("*.json"))):
+    for path in sorted(map(str, Path(journal.batch_folder).glob("*.json"))):
         try:
             parts.append(Part(**json.loads(read_file(path)) | {"path": path}))
         except (OSError, ValueError, TypeError):
@@ -4050,11 +3937,7 @@ class Answers:
 async def write_parts(
     run: Run, jobs: Iterable[Job], path: str, parameters: Parameters, kind: str = ""
 ) -> AsyncIterator[Part]:
-    """Write requests into files, and yield each part when it is written.
-
-    `kind` is the images' outcome, if any. Raises StopRun, after the last part,
-    where --max-cost leaves images out.
-    """
+    """Write requests into files; yield each part. Raises StopRun, last, over --max-cost."""
     captioner, queue, too_dear = Captioner(run), iter(jobs), list[StopRun]()
     parameters.pop("service_tier", None)  # the Batch API is a tier of its own
 
@@ -4085,16 +3968,14 @@ async def write_parts(
 
 
 class Batches:
-    """Captions images by a Batch API.
-
-    Again and again, each part goes one step further: upload, create, look, collect.
-    """
+    """Captions images by a Batch API: takes each part through upload, create, look, collect."""
 
     def __init__(
-        self, run: Run, connection: Connection, parts: list[Part], jobs: list[Job]
+        self, run: Run, sdk: AsyncOpenAI, asker: Asker, parts: list[Part], jobs: list[Job]
     ) -> None:
         self._run = run
-        self._connection = connection
+        self._sdk = sdk
+        self._asker = asker
         self._parts = parts
         self._jobs = {run.name(job): job for job in jobs}
         self._parameters = parts[0].parameters if parts else None
@@ -4119,10 +4000,9 @@ class Batches:
         """Put images into parts; the first is asked at once if no part has parameters."""
         run, queue = self._run, iter(jobs)
         if self._parameters is None:  # a wrong key is known now and not tomorrow
-            asker = Asker(self._connection, run.settings, run.recipe, run.bill, run.stop)
-            await ask_first(run, asker, queue)
-            self._parameters = asker.parameters
-        path = os.path.join(batch_folder(run.journal), f"{time.time_ns()}-")
+            await ask_first(run, self._asker, queue)
+            self._parameters = self._asker.parameters
+        path = os.path.join(run.journal.batch_folder, f"{time.time_ns()}-")
         try:
             async for part in write_parts(run, queue, path, self._parameters):
                 self._parts.append(part)
@@ -4167,7 +4047,7 @@ class Batches:
         self._left_by = StopRun("--batch: not all images were answered")
 
     async def _step(self, part: Part) -> None:
-        client = self._connection.sdk
+        client = self._sdk
         if not part.file_id:
             with FileIO(part.requests_path) as file:  # the SDK would read a path whole
                 part.file_id = (await client.files.create(file=file, purpose="batch")).id
@@ -4182,7 +4062,7 @@ class Batches:
 
     async def _create(self, part: Part) -> None:
         """Create a part's batch, unless a try did whose answer was lost."""
-        batches = self._connection.sdk.batches
+        batches = self._sdk.batches
         newest = await batches.list(limit=100)
         found = (one for one in newest.data if one.input_file_id == part.file_id)
         batch = next((one for one in found if one.status != "failed"), None)
@@ -4199,7 +4079,7 @@ class Batches:
             return
         run = self._run
         files = [name for name in (batch.output_file_id, batch.error_file_id) if name]
-        found = [(await self._connection.sdk.files.content(name)).content for name in files]
+        found = [(await self._sdk.files.content(name)).content for name in files]
         answers = Answers(run, found)
         jobs = [job for name in part.images if (job := self._jobs.get(name))]
         await handle_all(run, jobs, answers.caption, run.settings.thread_pool)
@@ -4234,12 +4114,12 @@ class Batches:
         self._has_room = True
         for name in (part.file_id, *files):
             with contextlib.suppress(Exception):  # nothing depends on it
-                await self._connection.sdk.files.delete(name)
+                await self._sdk.files.delete(name)
 
 
 async def send_batches(run: Run, jobs: list[Job]) -> None:
     """Caption images by a Batch API, also those that wait."""
-    folder, parts = batch_folder(run.journal), load_parts(run.journal)
+    folder, parts = run.journal.batch_folder, load_parts(run.journal)
     if any(part.made_with != made_with(run) for part in parts):
         said = "a batch with other settings waits; the same command goes on"
         raise SettingsError(f"{folder}: {said}, or delete the folder to give it up")
@@ -4248,9 +4128,10 @@ async def send_batches(run: Run, jobs: list[Job]) -> None:
         if name.endswith(".jsonl"):
             os.unlink(os.path.join(folder, name))
     run.bill.held = sum(part.usd for part in parts)
-    connection = open_connection(run.settings)
-    async with connection.sdk:
-        await Batches(run, connection, parts, jobs).work()
+    clients = open_clients(run.settings)
+    asker = Asker(clients, run.settings, run.recipe, run.bill, run.stop)
+    async with clients[0] as sdk:
+        await Batches(run, sdk, asker, parts, jobs).work()
 
 
 async def export_lines(run: Run, jobs: list[Job]) -> None:
@@ -4303,7 +4184,7 @@ def restore(kept: str, path: str, journal: Journal, *, dry_run: bool) -> str:
         write_whole(path, read_file(kept))
         shutil.copystat(kept, path)
         if entry := ours.get(hash_file(kept)):  # the last line of a file says how it was made
-            journal.append(path, dataclasses.replace(entry, usd=0.0))
+            journal.append(path, entry)
     except OSError as error:
         return f"not restored: {error.strerror}"
     return "restored"
@@ -4384,8 +4265,7 @@ def record_done(plan: Iterable[Job | Outcome], report: Report) -> bool:
     for item in plan:
         if isinstance(item, Job):
             return False
-        # 100,000 paths that nobody reads would take much memory
-        is_read = report.stream or item.kind == "failed"
+        is_read = report.stream or item.kind == "failed"  # 100,000 paths take much memory
         outcomes[item if is_read else item._replace(path="", caption="")] += 1
     for outcome in outcomes.elements():
         report.record(outcome)
@@ -4416,6 +4296,8 @@ def run_captions(settings: Settings, command: str) -> int:
 
     def work(report: Report) -> None:
         run = Run(settings, image_dir, recipe, journal, report, bill, Stop())
+        for finding in recipe.findings:
+            log.warning("%s: %s", finding.path, finding.detail)
         if not settings.overwrite:
             report.outdated = journal.count_outdated(recipe)
         parts = load_parts(journal)
@@ -4428,7 +4310,6 @@ def run_captions(settings: Settings, command: str) -> int:
             return
         if command in {"", "batch"}:
             check_key(settings)
-        log_findings(run)
         with contextlib.closing(journal):
             journal.open()
             caption_all(run, command)
@@ -4439,7 +4320,6 @@ def run_captions(settings: Settings, command: str) -> int:
 def show_plan(run: Run, plan: Iterable[Job | Outcome]) -> None:
     """Print what a run would do, and what it would cost; of images only the headers are read."""
     load_pillow()
-    log_findings(run)
     settings, recipe, record = run.settings, run.recipe, run.report.record
     most = math.inf if settings.log_level == "debug" else 3
     total, planned = Usage(), 0
@@ -4475,8 +4355,7 @@ def write_page(page: str, title: str, samples: Sequence[Sample]) -> None:
     path = os.path.realpath(page)
     try:
         if has_caption(path) and not read_file(path).startswith(PAGE_MARK):
-            said = "is no page of this tool; name another file"
-            raise SettingsError(f"--review: {page}: {said}")
+            raise SettingsError(f"--review: {page}: is no page of this tool; name another file")
         write_whole(path, build_page(title, samples, os.path.dirname(path)))
     except OSError as error:
         raise SettingsError(f"--review: {page}: cannot be written: {error.strerror}") from None

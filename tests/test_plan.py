@@ -16,13 +16,13 @@ from conftest import ImageMaker, Server, Tool, captions
 POSIX = pytest.mark.skipif(os.name == "nt", reason="names and files that Windows does not have")
 
 
-def walk(images: Path, target: Path | None = None, ext: str = "txt") -> list[gc.Pair | gc.Outcome]:
+def walk(images: Path, target: Path | None = None, ext: str = "txt") -> list[gc.Job | gc.Outcome]:
     return list(gc.walk_images(images, target, ext))
 
 
 def bare_images(images: Path) -> list[str]:
     """Return the images without a caption, as seen from their folder."""
-    found = [item for item in walk(images) if isinstance(item, gc.Pair) and not item.has_caption]
+    found = [item for item in walk(images) if isinstance(item, gc.Job)]
     return [os.path.relpath(pair.image, images) for pair in found]
 
 
@@ -63,7 +63,7 @@ def test_a_jfif_is_captioned_and_what_is_not_is_counted_and_named_in_one_line(
     assert server.stats()["requests"] == 1
     report = (tool.folder / "report.jsonl").read_text(encoding="utf-8").splitlines()
     skipped = [entry for entry in map(json.loads, report) if entry["outcome"] == "skipped"]
-    assert {entry["image"]: entry["reason"] for entry in skipped} == {
+    assert {entry["path"]: entry["reason"] for entry in skipped} == {
         "images/a-masklabel.png": "mask",
         "images/b.mp4": "video",
         "images/d.psd": "other format",
@@ -87,8 +87,8 @@ def test_a_folder_without_images_is_an_error_that_says_where_it_looked(
 def test_captions_mirror_the_sub_folders_else_lie_beside_the_images(tmp_path: Path) -> None:
     image = str(touch(tmp_path, "x/y/a.b.jpg") / "x/y/a.b.jpg")
     away, beside = tmp_path / "out/x/y/a.b.caption", tmp_path / "x/y/a.b.txt"
-    assert walk(tmp_path, tmp_path / "out", "caption") == [gc.Pair(image, str(away), False)]
-    assert walk(tmp_path) == [gc.Pair(image, str(beside), False)]
+    assert walk(tmp_path, tmp_path / "out", "caption") == [gc.Job(image, str(away))]
+    assert walk(tmp_path) == [gc.Job(image, str(beside))]
 
 
 def test_an_image_with_a_caption_is_left_alone_and_a_blank_one_counts_as_missing(
@@ -118,8 +118,8 @@ def test_what_the_file_system_opens_is_the_caption_however_its_folder_lists_it(
     (source.parent / caption).write_text("mine", encoding="utf-8")
     opens = source.with_suffix(".txt").exists()
     (pair,) = walk(source.parent)
-    assert isinstance(pair, gc.Pair)
-    assert pair.has_caption == opens
+    assert isinstance(pair, gc.Job)
+    assert gc.has_caption(pair.caption) == opens
     tool("images")
     tool("images")
     assert server.stats()["requests"] == (0 if opens else 1)
@@ -257,7 +257,7 @@ def test_an_unreadable_sub_folder_is_named_and_the_rest_goes_on(tmp_path: Path) 
         pair, failed = walk(tmp_path)
     finally:
         (tmp_path / "shut").chmod(0o700)
-    assert isinstance(pair, gc.Pair)
+    assert isinstance(pair, gc.Job)
     assert isinstance(failed, gc.Outcome)
     assert (failed.reason, failed.path) == ("unreadable folder", str(tmp_path / "shut"))
 

@@ -222,7 +222,14 @@ def test_the_report_and_the_journal_have_a_line_for_each_repair(tool: Tool) -> N
     out = tool("--fix-encoding", "--caption-dir", "c", "--report", "-").stdout
     lines = [json.loads(line) for line in out.splitlines()]
     path = os.path.join("c", "a.txt")
-    assert lines[0] == {"outcome": "repaired", "file": path, "reason": "cp1252", "detail": ""}
+    assert lines[0] == {
+        "outcome": "repaired",
+        "path": path,
+        "reason": "cp1252",
+        "detail": "",
+        "caption": "",
+        "notes": [],
+    }
     assert lines[-1]["repaired"] == 1
     (entry,) = gc.Journal(tool.folder / "c").past(str(tool.folder / path))
     assert entry.outcome == "repaired"

@@ -133,7 +133,7 @@ def test_the_report_file_takes_names_that_are_no_text(tmp_path: Path) -> None:
         made.record(SKIPPED._replace(path="\udcff.jpg"))
         made.close()
     first, summary = read_report((tmp_path / "r.jsonl").read_text(encoding="ascii"))
-    assert first["image"] == "\udcff.jpg"
+    assert first["path"] == "\udcff.jpg"
     assert summary["skipped"] == {"has a caption": 1}
 
 
@@ -163,10 +163,10 @@ def test_the_report_has_each_image_and_the_summary(
     server.script(steps=[{"content": ANSWER}, {"content": "I can't help with that."}])
     arguments = ("images", "--report", "-", "--thread-pool", "1", "--price", "0.1/0.5")
     lines = read_report(tool(*arguments, code=1).stdout)
-    captioned, failed, skipped, summary = sorted(lines, key=lambda line: line.get("image", "z"))
+    captioned, failed, skipped, summary = sorted(lines, key=lambda line: line.get("path", "z"))
     image, text = os.path.join("images", "a.jpg"), os.path.join("images", "a.txt")
     assert captioned == {
-        "outcome": "captioned", "image": image, "file": text, "caption": ANSWER, "notes": []
+        "outcome": "captioned", "path": image, "caption": text, "reason": "", "detail": ANSWER, "notes": []
     }  # fmt: skip
     assert (failed["outcome"], failed["reason"]) == ("failed", "refused")
     assert (skipped["outcome"], skipped["reason"]) == ("skipped", "has a caption")

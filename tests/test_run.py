@@ -298,7 +298,7 @@ def test_n_and_the_run_count_alike_and_report_each_image(mixed: Tool) -> None:
 
     def listed(name: str) -> list[tuple[str, str]]:
         lines = read_report((mixed.folder / name).read_text(encoding="ascii"))[:-1]
-        return sorted((line["image"], line.get("reason", "")) for line in lines)
+        return sorted((line["path"], line["reason"]) for line in lines)
 
     planned = [(image, reason.removeprefix("to caption")) for image, reason in listed("plan.jsonl")]
     assert planned == listed("run.jsonl")

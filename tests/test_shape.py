@@ -25,9 +25,7 @@ SIZES = {
     "lines": SOURCE.count("\n"),
     "functions": len(FUNCTIONS),
 }
-FINAL = {"bytes": 210_000, "nodes": 38_000, "lines": 4_500, "functions": 300}
-# on the way there: what it was when it was last made shorter; to be FINAL in the end
-LIMITS = {"bytes": 212_000, "nodes": 35_000, "lines": 4_625, "functions": 280}
+LIMITS = {"bytes": 210_000, "nodes": 35_000, "lines": 4_500, "functions": 275}
 
 
 def sections() -> dict[str, range]:

@@ -121,8 +121,9 @@ async def ask_all(server: VirtualServer, images: int, workers: int) -> list[str]
     failed: list[str] = []
     queue = iter(range(images))
     async with client:
-        connection = gc.Connection(client, http_client)
-        asker = gc.Asker(connection, settings, gc.Recipe("", ""), gc.Bill(settings), gc.Stop())
+        asker = gc.Asker(
+            (client, http_client), settings, gc.Recipe("", ""), gc.Bill(settings), gc.Stop()
+        )
 
         async def ask(number: int) -> None:
             job = gc.Job(f"{number}.jpg", f"{number}.txt")
