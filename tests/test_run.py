@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc as garbage
 import io
 import json
 import os
@@ -12,12 +15,14 @@ import socket
 import stat
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 from PIL import Image
 
+import gen_captions as gc
 from conftest import (
     KEY,
     TOOL,
@@ -849,3 +854,26 @@ def test_memory_does_not_grow_with_the_number_of_images(tool: Tool, server: Serv
 
     few, many = most_memory(200), most_memory(2000)
     assert many < 1.1 * few
+
+
+def test_what_a_thread_failed_at_is_let_go_at_once() -> None:
+    """Else a set with many damaged images fills the memory."""
+    left: list[weakref.ref[set[str]]] = []
+
+    def fail() -> None:
+        image = {"its bytes"}
+        left.append(weakref.ref(image))
+        raise ValueError(image)
+
+    async def work() -> None:
+        threads = gc.Threads(1)
+        for _ in range(3):
+            with contextlib.suppress(ValueError):
+                await threads.do(fail)
+
+    garbage.disable()
+    try:
+        asyncio.run(work())
+        assert [image() for image in left] == [None] * 3
+    finally:
+        garbage.enable()
