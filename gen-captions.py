@@ -40,8 +40,8 @@ Read this file from top to bottom; each section uses only sections above it:
 
 A flag wins over the environment, that over .env, that over the default. The
 key is read from OPENAI_API_KEY. Exit codes: 0 done or nothing to do; 1 some
-images failed; 2 wrong usage or settings; 3 stopped (key, quota, server, disk);
-130 and 143 interrupted.
+images failed or --review found faults; 2 wrong usage or settings; 3 stopped
+(key, quota, server, disk); 130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def row(variable: str, help: str, reader: Reader | None, default: Any = None, **
 class Settings:
     """Everything a user can set: flags, variables, help, .env.example and docs come from here."""
 
-    image_dir: Path | None = row("", "folder of images, with its sub-folders", A_FOLDER)
+    image_dir: Path | None = row("", "IMAGES: a folder, with its sub-folders", A_FOLDER)
     caption_dir: Path | None = row("", "folder for captions; else beside the images", A_FOLDER)
     config_dir: Path | None = row(
         "", "folder with ai-toolkit job files, prompt.txt, exclude.txt; or one job file", A_FOLDER
@@ -259,7 +259,7 @@ class Settings:
         "GETCAP_SERVICE_TIER", "flex: half price, slower", one_of("default", "flex")
     )
 
-    thread_pool: int = row("GETCAP_THREAD_POOL", "workers; 10, 2 on this machine", number(1, 1000))
+    thread_pool: int = row("GETCAP_THREAD_POOL", "workers; 10, or 2 for localhost", number(1, 1000))
     throttle_submission_rate: float | None = row(
         "GETCAP_THROTTLE_SUBMISSION_RATE", "most requests a second", number(1e-3, 1e4)
     )
@@ -727,7 +727,7 @@ class Journal:
         """Return how many captions of ours another prompt or trigger made, by which."""
         made: dict[str, tuple[str, str]] = {}  # not `history`: 100,000 answers are heavy
         for file, entry in self._entries():
-            if entry.outcome == "captioned":
+            if entry.outcome == "captioned" and file.endswith(f".{recipe.caption_ext}"):
                 which = "" if entry.recipe == recipe.identity else "another prompt"
                 if entry.trigger != recipe.trigger:
                     which = f"trigger {entry.trigger or 'none'} (now {recipe.trigger or 'none'})"
@@ -1161,6 +1161,7 @@ def read_recipe(settings: Settings) -> Recipe:
     prompt = build_prompt(settings.style, settings.max_words, exclude, own)
     words = f", at most {settings.max_words} words" if settings.max_words else ""
     lines = [
+        f"Model: {settings.model} at {settings.host}",
         f"Style: {settings.style}{words}",
         f"Trigger: {trigger or 'none'} ({trigger_source})",
         f"Extension: {ext} ({ext_source})",
@@ -2459,7 +2460,6 @@ class Report:
 
     def _write_line(self, line: dict[str, Any]) -> None:
         try:
-            # as ASCII: a name may be no text
             print(json.dumps(line, default=str), file=self.stream, flush=True)
         except OSError as error:
             self.stream = None
@@ -4246,7 +4246,8 @@ def run_and_report(settings: Settings, bill: Bill | None, work: Callable[[Report
     with open_report(settings.report) as stream:
         report = Report(stream, bill)
         try:
-            work(report)
+            with contextlib.redirect_stdout(sys.stderr if stream is sys.stdout else sys.stdout):
+                work(report)
         except StopRun as cause:
             report.ended_by = cause
             log.error("%s", cause)  # noqa: TRY400
@@ -4465,7 +4466,7 @@ def drop_output() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; the one place where errors become exit codes."""
     handle_signals(interrupt)
-    code = 2
+    code = 0
     try:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.reconfigure(errors="backslashreplace")  # a console may know fewer characters
@@ -4482,8 +4483,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         said = f"{error.name} is not installed; type: pip install -r requirements.txt"
         print(f"gen-captions: {said}", file=sys.stderr)
+        code = 2
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
-        code = 0
+        pass
     except OSError as error:
         log.log(logging.ERROR, "%s: %s", error.filename or "standard output", error.strerror)
         code = 1

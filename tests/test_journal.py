@@ -296,6 +296,14 @@ def test_a_plain_run_says_how_many_captions_another_prompt_or_trigger_made(
     assert (three / "b.txt").read_text(encoding="utf-8") == "First b.\n"
 
 
+def test_captions_of_another_extension_are_not_called_outdated(
+    tool: Tool, make_image: ImageMaker
+) -> None:
+    make_image("a.jpg")
+    tool("images", "--style", "tags", "--caption-ext", "tags")
+    assert "another prompt" not in tool("images").stderr
+
+
 def test_a_caption_whose_new_answer_is_refused_stays(
     tool: Tool, server: Server, three: Path
 ) -> None:

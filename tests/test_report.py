@@ -184,6 +184,13 @@ def test_the_report_has_each_image_and_the_summary(
     assert {key: summary[key] for key in expected} == expected
 
 
+def test_a_plan_on_stdout_is_nothing_but_lines_of_json(tool: Tool, make_image: ImageMaker) -> None:
+    make_image("a.jpg")
+    done = tool("images", "-n", "--report", "-")
+    assert [line["outcome"] for line in read_report(done.stdout)] == ["planned", "summary"]
+    assert "Model: gpt-6-luna at 127.0.0.1:" in done.stderr
+
+
 def test_the_report_of_a_run_that_was_stopped_says_why_and_what_is_left(
     tool: Tool, server: Server, make_image: ImageMaker
 ) -> None:

@@ -809,6 +809,19 @@ def test_output_that_nobody_reads_harms_nothing(
     assert len(captions(tool.folder)) == 3
 
 
+@POSIX
+def test_a_closed_reader_makes_no_success_of_a_run_that_was_stopped(
+    tool: Tool, server: Server, make_image: ImageMaker
+) -> None:
+    make_image("a.jpg")
+    server.script(then={"status": 401, "body": {"error": {"message": "wrong key"}}})
+    command = f"set -o pipefail; {sys.executable} {TOOL} images --report - | true"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tool.folder, env=tool.environment, check=False, stderr=-1
+    )
+    assert done.returncode == 3
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full")
 def test_a_plan_that_cannot_be_printed_is_one_clear_error(
     tool: Tool, make_image: ImageMaker
